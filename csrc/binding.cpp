@@ -1,0 +1,241 @@
+// Python's way in: addresses, strides and plain numbers, packed into the structs of attention.h.
+// All checks are made in Python, before anything is called here.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "cpu/backend.h"
+#include "cpu/parallel.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace hogwild;
+
+namespace {
+
+using Ints = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Address = uintptr_t;
+using Strided = std::array<int64_t, 4>;  // address, worker, token and head stride
+
+TokenTensor token_tensor(const Strided& t) {
+  return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3]};
+}
+
+Heads make_heads(int dtype, int kv_heads, int group, int head_dim, int value_dim) {
+  return {DType(dtype), kv_heads, group, head_dim, value_dim};
+}
+
+const int32_t* data_or_null(const std::optional<Ints>& a) { return a ? a->data() : nullptr; }
+
+std::vector<void*> pointers(const std::vector<Address>& addresses) {
+  std::vector<void*> p;
+  for (Address a : addresses) p.push_back(reinterpret_cast<void*>(a));
+  return p;
+}
+
+// A plan and the memory its layers work in.
+struct StepPlan {
+  Plan plan;
+  int32_t group;
+  cpu::Workspace workspace;
+};
+
+std::unique_ptr<StepPlan> make_plan(const Ints& offsets, const Ints& lengths,
+                                    const Ints& query_lengths, const Floats& inv_freq, int group,
+                                    int kv_heads, int64_t window,
+                                    const std::optional<Ints>& key_start,
+                                    const std::optional<Ints>& tile_pages,
+                                    const std::optional<Ints>& slots, bool packed) {
+  const PlanInput input{int32_t(query_lengths.size()),
+                        int32_t(lengths.size()),
+                        group,
+                        kv_heads,
+                        int32_t(inv_freq.size()),
+                        window,
+                        packed,
+                        offsets.data(),
+                        lengths.data(),
+                        query_lengths.data(),
+                        inv_freq.data(),
+                        data_or_null(key_start),
+                        data_or_null(tile_pages),
+                        data_or_null(slots)};
+  const py::gil_scoped_release release;
+  return std::unique_ptr<StepPlan>(
+      new StepPlan{Plan(input, cpu::kernels().fill_angles), group, {}});
+}
+
+void append(const StepPlan& step, int dtype, int kv_heads, int head_dim, int value_dim,
+            std::array<int64_t, 3> key, std::array<int64_t, 3> value, Address key_pages,
+            Address value_pages, float rope_scale, bool interleaved, int threads) {
+  const cpu::AppendArgs args{&step.plan.view(),
+                             make_heads(dtype, kv_heads, step.group, head_dim, value_dim),
+                             {rope_scale, interleaved},
+                             token_tensor({key[0], 0, key[1], key[2]}),
+                             token_tensor({value[0], 0, value[1], value[2]}),
+                             reinterpret_cast<void*>(key_pages),
+                             reinterpret_cast<void*>(value_pages)};
+  const py::gil_scoped_release release;
+  cpu::append(args, threads);
+}
+
+void attend(StepPlan& step, const Heads& heads, const Strided& query, const Strided& out,
+            Address lse, int64_t lse_worker_stride, const KeyValues& keys_values, float scale,
+            float rope_scale, bool interleaved, float softcap, int32_t padded_queries,
+            int threads) {
+  const cpu::AttendArgs args{&step.plan.view(),
+                             heads,
+                             {rope_scale, interleaved},
+                             {scale, softcap},
+                             keys_values,
+                             token_tensor(query),
+                             token_tensor(out),
+                             reinterpret_cast<float*>(lse),
+                             lse_worker_stride,
+                             int64_t(heads.kv_heads) * heads.group};
+  const py::gil_scoped_release release;
+  cpu::attend(args, padded_queries, threads, step.workspace);
+}
+
+void attend_paged(StepPlan& step, int dtype, int num_heads, int kv_heads, int head_dim,
+                  int value_dim, const Strided& query, Address key_pages, Address value_pages,
+                  const Strided& out, Address lse, float scale, float rope_scale, bool interleaved,
+                  float softcap, int threads) {
+  const KeyValues keys_values{Layout::Pages, nullptr, reinterpret_cast<const void*>(key_pages),
+                              reinterpret_cast<const void*>(value_pages)};
+  attend(step, make_heads(dtype, kv_heads, num_heads / kv_heads, head_dim, value_dim), query, out,
+         lse, 0, keys_values, scale, rope_scale, interleaved, softcap, 0, threads);
+}
+
+// `segments` [S, 6]: addresses of keys and values, then key token and head stride, value token and
+// head stride. `lse` is padded like the query, [W, Q, Hq] dense.
+void attend_rows(StepPlan& step, int dtype, int num_heads, int kv_heads, int head_dim,
+                 int value_dim, const Strided& query,
+                 const std::vector<std::array<int64_t, 6>>& segments, const Strided& out,
+                 Address lse, int32_t padded_queries, float scale, float rope_scale,
+                 bool interleaved, float softcap, int threads) {
+  std::vector<SegmentRows> rows;
+  rows.reserve(segments.size());
+  for (const auto& s : segments)
+    rows.push_back({reinterpret_cast<const void*>(s[0]), reinterpret_cast<const void*>(s[1]), s[2],
+                    s[3], s[4], s[5]});
+  const KeyValues keys_values{Layout::Rows, rows.data(), nullptr, nullptr};
+  attend(step, make_heads(dtype, kv_heads, num_heads / kv_heads, head_dim, value_dim), query, out,
+         lse, int64_t(padded_queries) * num_heads, keys_values, scale, rope_scale, interleaved,
+         softcap, padded_queries, threads);
+}
+
+void commit(int dtype, int kv_heads, int head_dim, int value_dim,
+            const std::vector<Address>& key_layers, const std::vector<Address>& value_layers,
+            const Ints& source_pages, int32_t length, const Ints& target_pages,
+            int32_t target_length, const Floats& inv_freq, bool interleaved, int threads) {
+  const std::vector<void*> keys = pointers(key_layers), values = pointers(value_layers);
+  const int32_t half = int32_t(inv_freq.size());
+  std::vector<float> angles(size_t(2) * half);
+  const LayerPages layers{int32_t(keys.size()), keys.data(), values.data()};
+  const int32_t *source = source_pages.data(), *target = target_pages.data();
+  const float* frequencies = inv_freq.data();
+  const py::gil_scoped_release release;
+  cpu::kernels().fill_angles(&target_length, 1, frequencies, half, angles.data());
+  cpu::commit({make_heads(dtype, kv_heads, 1, head_dim, value_dim), layers, interleaved, half,
+               angles.data(), source, target, length, target_length},
+              threads);
+}
+
+void copy_pages(int dtype, int kv_heads, int head_dim, int value_dim,
+                const std::vector<Address>& key_layers, const std::vector<Address>& value_layers,
+                const Ints& source_pages, const Ints& target_pages, int threads) {
+  const std::vector<void*> keys = pointers(key_layers), values = pointers(value_layers);
+  const LayerPages layers{int32_t(keys.size()), keys.data(), values.data()};
+  const int32_t *source = source_pages.data(), *target = target_pages.data();
+  const int64_t count = source_pages.size();
+  const py::gil_scoped_release release;
+  cpu::copy_pages(make_heads(dtype, kv_heads, 1, head_dim, value_dim), layers, source, target,
+                  count, threads);
+}
+
+void read_pages(int dtype, int kv_heads, int dim, Address pages, bool is_key,
+                const Ints& page_table, int32_t start, int32_t length, Address out) {
+  cpu::read({make_heads(dtype, kv_heads, 1, dim, dim), reinterpret_cast<const void*>(pages), is_key,
+             page_table.data(), start, length, reinterpret_cast<void*>(out)});
+}
+
+// Angles [n, 2, R/2] of integer positions.
+Floats fill_angles(const Ints& positions, const Floats& inv_freq) {
+  Floats angles({py::ssize_t(positions.size()), py::ssize_t(2), py::ssize_t(inv_freq.size())});
+  cpu::kernels().fill_angles(positions.data(), positions.size(), inv_freq.data(),
+                             int32_t(inv_freq.size()), angles.mutable_data());
+  return angles;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("__version__") = HOGWILD_VERSION;
+  m.attr("HIDDEN") = HIDDEN;
+  m.attr("PAGE_SIZE") = TILE;
+  m.attr("MAX_DIM") = MAX_DIM;
+  m.attr("FLOAT32") = int(DType::Float32);
+  m.attr("FLOAT16") = int(DType::Float16);
+  m.attr("BFLOAT16") = int(DType::BFloat16);
+  m.attr("backends") = std::vector<std::string>{"cpu"};
+
+  m.def("isa", [] { return cpu::kernels().name; });
+  m.def("available_isas", &cpu::available_isas);
+  m.def("thread_pool", &cpu::thread_pool);
+  cpu::kernels();  // a bad HOGWILD_ISA shows on import
+
+  py::class_<StepPlan>(m, "Plan")
+      .def(py::init(&make_plan), py::arg("offsets"), py::arg("lengths"), py::arg("query_lengths"),
+           py::arg("inv_freq"), py::arg("group"), py::arg("kv_heads"), py::arg("window") = 0,
+           py::arg("key_start") = py::none(), py::arg("tile_pages") = py::none(),
+           py::arg("slots") = py::none(), py::arg("packed") = false)
+      .def_property_readonly("num_tokens",
+                             [](const StepPlan& s) { return s.plan.view().num_tokens; })
+      .def_property_readonly("chunks",
+                             [](const StepPlan& s) {
+                               const PlanView& v = s.plan.view();
+                               std::vector<std::array<int32_t, 3>> list;
+                               for (int i = 0; i < v.num_chunks; ++i)
+                                 list.push_back({v.chunks[i].segment, v.chunks[i].begin,
+                                                 v.chunks[i].end});
+                               return list;
+                             })
+      // One entry a row group: its visits, each (chunk, [(worker, first row, last row), ...]).
+      .def_property_readonly("visits", [](const StepPlan& s) {
+        const PlanView& v = s.plan.view();
+        py::list groups;
+        for (int g = 0; g < v.num_groups; ++g) {
+          py::list visits;
+          for (int i = v.groups[g].visit_begin; i < v.groups[g].visit_end; ++i) {
+            py::list spans;
+            for (int j = v.visits[i].span_begin; j < v.visits[i].span_end; ++j)
+              spans.append(py::make_tuple(v.parts[v.spans[j].part].worker, v.spans[j].first,
+                                          v.spans[j].last));
+            visits.append(py::make_tuple(v.visits[i].chunk, spans));
+          }
+          groups.append(visits);
+        }
+        return groups;
+      });
+
+  m.def("append", &append);
+  m.def("attend_paged", &attend_paged);
+  m.def("attend_rows", &attend_rows);
+  m.def("commit", &commit);
+  m.def("copy_pages", &copy_pages);
+  m.def("read_pages", &read_pages);
+  m.def("fill_angles", &fill_angles);
+  m.def("key_page_elements", [](int dtype, int kv_heads, int head_dim) {
+    return cpu::key_page_elements(make_heads(dtype, kv_heads, 1, head_dim, head_dim));
+  });
+  m.def("value_page_elements", [](int dtype, int kv_heads, int value_dim) {
+    return cpu::value_page_elements(make_heads(dtype, kv_heads, 1, value_dim, value_dim));
+  });
+}

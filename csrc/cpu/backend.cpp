@@ -1,0 +1,262 @@
+#include "backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "parallel.h"
+
+namespace hogwild::cpu {
+
+// ---- instruction sets ---------------------------------------------------------------------
+
+namespace {
+
+bool cpu_has(const Kernels* k) {
+#if defined(HOGWILD_X86)
+  __builtin_cpu_init();
+  if (k == &kernels_avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (k == &kernels_avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+#endif
+  return k == &kernels_baseline;
+}
+
+std::vector<const Kernels*> built() {
+#if defined(HOGWILD_X86)
+  return {&kernels_avx512, &kernels_avx2, &kernels_baseline};
+#else
+  return {&kernels_baseline};
+#endif
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("HOGWILD_ISA");
+  std::string names;
+  for (const Kernels* k : built()) {
+    if (!cpu_has(k)) continue;
+    if (!wanted || !*wanted || !std::strcmp(wanted, k->name)) return *k;
+    names += std::string(names.empty() ? "" : ", ") + k->name;
+  }
+  throw std::runtime_error("HOGWILD_ISA: expected one of " + names + " on this CPU, got '" +
+                           wanted + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::vector<const char*> available_isas() {
+  std::vector<const char*> names;
+  for (const Kernels* k : built())
+    if (cpu_has(k)) names.push_back(k->name);
+  return names;
+}
+
+// ---- workspace ----------------------------------------------------------------------------
+
+void Workspace::Free::operator()(void* p) const { std::free(p); }
+
+namespace {
+
+template <class Pointer>
+char* reserve(Pointer& memory, int64_t& size, int64_t wanted) {
+  if (wanted > size) {
+    memory.reset();
+    size = 0;
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, size_t(wanted))) throw std::bad_alloc();
+    memory.reset(static_cast<char*>(p));
+    size = wanted;
+  }
+  return memory.get();
+}
+
+}  // namespace
+
+char* Workspace::scratch(int threads, int64_t bytes_each) {
+  return reserve(scratch_, scratch_size_, threads * bytes_each);
+}
+
+float* Workspace::partials(int64_t floats) {
+  return reinterpret_cast<float*>(reserve(partials_, partials_size_, floats * 4));
+}
+
+// ---- who does what ------------------------------------------------------------------------
+
+namespace {
+
+// Work is all pairs (KV head, row group), each a list of visits. It is cut into one range a thread
+// of about equal cost; a cut close to a pair's end moves there, so that nothing needs merging.
+//
+//     pair 0            pair 1            pair 2
+//     v v v v v v v v | v v v v v v v v | v v v v v v v v
+//     ---- thread 0 ----------><----------- thread 1 ----
+struct Schedule {
+  std::vector<WorkRange> ranges;
+  std::vector<SplitPair> splits;
+  std::vector<int64_t> partials_at;  // of each split, in floats
+  int64_t partial_floats = 0;
+};
+
+// In units of one key by one row; reading a key costs about as much as eight rows' arithmetic on
+// it, entering a visit as much as a short tile.
+double visit_cost(const PlanView& plan, const Visit& visit) {
+  double rows = 0;
+  for (int i = visit.span_begin; i < visit.span_end; ++i)
+    rows += plan.spans[i].last - plan.spans[i].first;
+  const Chunk& chunk = plan.chunks[visit.chunk];
+  return (chunk.end - chunk.begin + 8) * (rows + 8);
+}
+
+constexpr double WORTH_A_THREAD = 16384;  // cost below which waking another thread does not pay
+
+Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
+  // before[v]: cost of the visits before v, over one head; a visit's own cost follows.
+  std::vector<double> before(plan.num_visits + 1, 0.0);
+  for (int v = 0; v < plan.num_visits; ++v)
+    before[v + 1] = before[v] + visit_cost(plan, plan.visits[v]);
+  const double a_head = before[plan.num_visits], total = a_head * heads.kv_heads;
+  const int pairs = heads.kv_heads * plan.num_groups;
+
+  threads = std::max(1, std::min(threads, int(total * heads.head_dim / 64 / WORTH_A_THREAD) + 1));
+  std::vector<Cursor> cuts{{0, 0}};
+  for (int t = 1; t < threads; ++t) {
+    const double goal = total * t / threads;
+    const int head = std::min(int(goal / a_head), heads.kv_heads - 1);
+    const double within = goal - head * a_head;
+    int v = int(std::upper_bound(before.begin(), before.end(), within) - before.begin()) - 1;
+    v = std::clamp(v, 0, plan.num_visits - 1);
+    const int group = int(std::upper_bound(plan.groups, plan.groups + plan.num_groups, v,
+                                           [](int visit, const RowGroup& g) {
+                                             return visit < g.visit_end;
+                                           }) -
+                          plan.groups);
+    const RowGroup& g = plan.groups[group];
+    Cursor cut{head * plan.num_groups + group, v - g.visit_begin};
+    const double slack = 0.04 * total / threads;
+    if (within - before[g.visit_begin] < slack)
+      cut.visit = 0;
+    else if (before[g.visit_end] - within < slack)
+      cut = {cut.pair + 1, 0};
+    const Cursor& last = cuts.back();
+    if (cut.pair > last.pair || (cut.pair == last.pair && cut.visit > last.visit))
+      if (cut.pair < pairs) cuts.push_back(cut);
+  }
+  cuts.push_back({pairs, 0});
+
+  Schedule s;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) s.ranges.push_back({cuts[i], cuts[i + 1], nullptr, nullptr});
+  for (size_t i = 1; i + 1 < cuts.size(); ++i)
+    if (cuts[i].visit > 0 && (s.splits.empty() || s.splits.back().pair != cuts[i].pair))
+      s.splits.push_back({cuts[i].pair, cuts[i].visit, 0, nullptr});
+
+  const int64_t row_floats = padded_value_dim(heads.value_dim) + 2;
+  for (SplitPair& split : s.splits) {
+    const RowGroup& g = plan.groups[split.pair % plan.num_groups];
+    const int64_t blocks = 1 + g.visit_end - g.visit_begin - split.first_stored;
+    s.partials_at.push_back(s.partial_floats);
+    s.partial_floats += blocks * (g.row_end - g.row_begin) * row_floats;
+    for (WorkRange& range : s.ranges) {
+      const bool head = range.begin.pair == split.pair && range.begin.visit > 0;
+      const bool tail = range.end.pair == split.pair && range.end.visit > 0;
+      if (head) range.head = &split;
+      if (tail) range.tail = &split;
+      split.remaining += head || tail;
+    }
+  }
+  return s;
+}
+
+void clear_padding(const AttendArgs& args, int32_t padded_queries) {
+  const int64_t bytes = args.heads.value_dim * element_size(args.heads.dtype);
+  const int32_t num_heads = args.heads.kv_heads * args.heads.group;
+  const TokenTensor& out = args.out;
+  for (int32_t w = 0; w < args.plan->num_workers; ++w)
+    for (int32_t i = args.plan->query_lengths[w]; i < padded_queries; ++i)
+      for (int32_t h = 0; h < num_heads; ++h) {
+        const int64_t at = w * out.worker_stride + i * out.token_stride + h * out.head_stride;
+        std::memset(static_cast<char*>(out.data) + at * element_size(args.heads.dtype), 0, bytes);
+        if (args.lse)
+          args.lse[w * args.lse_worker_stride + i * args.lse_token_stride + h] =
+              -std::numeric_limits<float>::infinity();
+      }
+}
+
+}  // namespace
+
+// ---- operations ---------------------------------------------------------------------------
+
+void attend(const AttendArgs& args, int32_t padded_queries, int threads, Workspace& workspace) {
+  const Kernels& k = kernels();
+  clear_padding(args, padded_queries);
+  if (args.plan->num_groups == 0) return;
+  Schedule schedule = make_schedule(*args.plan, args.heads, threads);
+  const int ranges = int(schedule.ranges.size());
+  const int64_t scratch_bytes = (k.scratch_bytes + 63) / 64 * 64;
+  char* scratch = workspace.scratch(ranges, scratch_bytes);
+  float* partials = workspace.partials(schedule.partial_floats);
+  for (size_t i = 0; i < schedule.splits.size(); ++i)
+    schedule.splits[i].partials = partials + schedule.partials_at[i];
+  parallel(ranges, [&](int i) { k.attend(args, schedule.ranges[i], scratch + i * scratch_bytes); });
+}
+
+void append(const AppendArgs& args, int threads) {
+  const Kernels& k = kernels();
+  const int32_t tokens = args.plan->num_tokens;
+  const int64_t work = int64_t(tokens) * args.heads.kv_heads *
+                       (args.heads.head_dim + args.heads.value_dim);
+  const int pieces = work < 65536 ? 1 : std::min(threads, tokens);
+  parallel(pieces, [&](int i) {
+    k.append(args, int32_t(int64_t(tokens) * i / pieces), int32_t(int64_t(tokens) * (i + 1) / pieces));
+  });
+}
+
+void commit(const CommitArgs& args, int threads) {
+  const Kernels& k = kernels();
+  const int32_t layers = args.layers.num_layers;
+  const int pieces = std::min(threads, layers);
+  parallel(pieces, [&](int i) {
+    k.commit(args, int32_t(int64_t(layers) * i / pieces), int32_t(int64_t(layers) * (i + 1) / pieces));
+  });
+}
+
+void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* source_pages,
+                const int32_t* target_pages, int64_t count, int threads) {
+  const int64_t key_bytes = key_page_elements(heads) * element_size(heads.dtype);
+  const int64_t value_bytes = value_page_elements(heads) * element_size(heads.dtype);
+  parallel(std::min(threads, layers.num_layers), [&, pieces = std::min(threads, layers.num_layers)](int i) {
+    for (int32_t layer = i; layer < layers.num_layers; layer += pieces) {
+      char* keys = static_cast<char*>(layers.key_pages[layer]);
+      char* values = static_cast<char*>(layers.value_pages[layer]);
+      for (int64_t p = 0; p < count; ++p) {
+        std::memcpy(keys + target_pages[p] * key_bytes, keys + source_pages[p] * key_bytes, key_bytes);
+        std::memcpy(values + target_pages[p] * value_bytes, values + source_pages[p] * value_bytes,
+                    value_bytes);
+      }
+    }
+  });
+}
+
+void read(const ReadArgs& args) { kernels().read(args); }
+
+int64_t key_page_elements(const Heads& heads) {
+  return int64_t(heads.kv_heads) * TILE * heads.head_dim;
+}
+
+int64_t value_page_elements(const Heads& heads) {
+  return int64_t(heads.kv_heads) * TILE * padded_value_dim(heads.value_dim);
+}
+
+}  // namespace hogwild::cpu

@@ -1,0 +1,97 @@
+// What backend.cpp and the kernels of each instruction set agree on.
+
+#pragma once
+
+#include "../attention.h"
+
+namespace hogwild::cpu {
+
+constexpr int32_t KEY_BLOCK = 16;    // keys that lie side by side in a page
+constexpr int32_t VALUE_ALIGN = 32;  // a page's value rows are padded to a multiple of this
+
+static inline int64_t padded_value_dim(int32_t value_dim) {
+  return (value_dim + VALUE_ALIGN - 1) / VALUE_ALIGN * VALUE_ALIGN;
+}
+
+// Attention of one layer.
+struct AttendArgs {
+  const PlanView* plan;
+  Heads heads;
+  Rope rope;
+  Scoring scoring;
+  KeyValues keys_values;
+  TokenTensor query;
+  TokenTensor out;
+  float* lse;                // or null; addressed like out, with the strides below
+  int64_t lse_worker_stride, lse_token_stride;
+};
+
+// A place in the list of all work: a pair (KV head, row group) and one of the group's visits.
+// Pairs are numbered head * num_groups + group.
+struct Cursor {
+  int32_t pair;
+  int32_t visit;  // counted from the group's first
+};
+
+// A pair whose visits are divided among several ranges. The range with its first visits stores
+// what it folded, the others store one partial result a visit, and whoever is done last folds all
+// of it in list order: the same left fold that an undivided pair goes through.
+struct SplitPair {
+  int32_t pair;
+  int32_t first_stored;  // visits from here on are stored one by one
+  int32_t remaining;     // ranges that have not finished, counted down atomically
+  float* partials;       // [1 + visits stored] blocks of group_rows * (padded_value_dim + 2)
+};
+
+struct WorkRange {
+  Cursor begin, end;
+  SplitPair* head;  // the pair that begin (tail: end) stands inside of, or null
+  SplitPair* tail;
+};
+
+struct AppendArgs {
+  const PlanView* plan;
+  Heads heads;
+  Rope rope;
+  TokenTensor keys, values;  // [T, Hkv, D] and [T, Hkv, Dv]; worker_stride unused
+  void* key_pages;
+  void* value_pages;
+};
+
+struct CommitArgs {
+  Heads heads;
+  LayerPages layers;
+  bool interleaved;
+  int32_t half_rotary;
+  const float* angles;            // [2, R/2] of the target's length
+  const int32_t* source_pages;
+  const int32_t* target_pages;
+  int32_t length, target_length;
+};
+
+struct ReadArgs {
+  Heads heads;
+  const void* pages;
+  bool keys;                   // else values
+  const int32_t* page_table;
+  int32_t start, length;
+  void* out;                   // [length, Hkv, D or Dv] dense
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  int64_t scratch_bytes;  // a thread's working memory, aligned to 64 bytes
+  void (*fill_angles)(const int32_t* positions, int64_t n, const float* inv_freq, int32_t half,
+                      float* angles);
+  void (*attend)(const AttendArgs& args, const WorkRange& range, void* scratch);
+  void (*append)(const AppendArgs& args, int32_t token_begin, int32_t token_end);
+  void (*commit)(const CommitArgs& args, int32_t layer_begin, int32_t layer_end);
+  void (*read)(const ReadArgs& args);
+};
+
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace hogwild::cpu

@@ -1,0 +1,223 @@
+// Vectors of one width W for the instruction set that this file is compiled for. Compiler vector
+// types do nearly everything; what they cannot say has one function here.
+//
+// Everything has internal linkage and nothing from the standard library is used: code that is
+// compiled for AVX-512 must never be merged, by the linker, with code for an older CPU.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define HOGWILD_LANES 16
+#elif defined(__AVX2__)
+#define HOGWILD_LANES 8
+#else
+#define HOGWILD_LANES 4
+#endif
+
+#define HOGWILD_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = HOGWILD_LANES;
+
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vuint __attribute__((vector_size(LANES * 4)));
+
+template <class V>
+HOGWILD_INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+HOGWILD_INLINE void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+HOGWILD_INLINE vfloat splat(float x) { return x - vfloat{}; }
+HOGWILD_INLINE vint splat(int32_t x) { return x - vint{}; }
+
+HOGWILD_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+HOGWILD_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
+
+// a * b + c, fused where the instruction set can. Contraction is off elsewhere, so that the same
+// row takes the same rounding in every instantiation. The one-line asm keeps GCC's register
+// allocator from spilling accumulators in the inner loops.
+#if defined(__FMA__) && defined(__GNUC__) && !defined(__clang__)
+HOGWILD_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
+#elif defined(__AVX512F__)
+HOGWILD_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif defined(__FMA__)
+HOGWILD_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#else
+HOGWILD_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+#endif
+
+// The larger of each lane; b where either is NaN.
+#if defined(__AVX512F__)
+constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns about the forms that take no mask
+HOGWILD_INLINE vfloat max(vfloat a, vfloat b) {
+  return (vfloat)_mm512_maskz_max_ps(ALL, (__m512)a, (__m512)b);
+}
+#elif defined(__AVX2__)
+HOGWILD_INLINE vfloat max(vfloat a, vfloat b) {
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+}
+#else
+HOGWILD_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+#endif
+
+// Whether any lane is above b, or NaN.
+HOGWILD_INLINE bool any_above(vfloat a, float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)splat(b), _CMP_NLE_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)splat(b), _CMP_NLE_UQ)) != 0;
+#else
+  for (int i = 0; i < LANES; ++i)
+    if (!(a[i] <= b)) return true;
+  return false;
+#endif
+}
+
+HOGWILD_INLINE float max_lane(vfloat v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; ++i) m = v[i] > m || v[i] != v[i] ? v[i] : m;
+  return m;
+}
+
+// The same tree on every call, so the same bits.
+HOGWILD_INLINE float sum_lanes(vfloat v) {
+  float x[LANES];
+  store(x, v);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+}
+
+// 2^x for x <= 128, relative error below 1e-7; 0 below -126; NaN stays NaN.
+HOGWILD_INLINE vfloat exp2(vfloat x) {
+  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat y = max(splat(-127.f), x);
+  const vfloat t = y + magic;
+  const vfloat f = y - (t - magic);  // in [-1/2, 1/2]
+  vfloat p = splat(0.0001546144746f);
+  p = fma(p, f, splat(0.001339086735f));
+  p = fma(p, f, splat(0.00961805667f));
+  p = fma(p, f, splat(0.05550357104f));
+  p = fma(p, f, splat(0.2402265092f));
+  p = fma(p, f, splat(0.693147188f));
+  p = fma(p, f, splat(1.f));
+  const vfloat scaled = (vfloat)((vint)p + ((vint)t << 23));
+  return x < splat(-126.f) ? vfloat{} : scaled;
+}
+
+// tanh to about two units in the last place: an odd polynomial near zero, where the exponential
+// form would cancel, and (1 - e) / (1 + e) with e = exp(-2 |x|) elsewhere.
+HOGWILD_INLINE vfloat tanh(vfloat x) {
+  const vfloat a = max(x, -x);
+  const vfloat e = exp2(a * splat(-2.8853900817779268f));
+  const vfloat far = (splat(1.f) - e) / (splat(1.f) + e);
+  const vfloat z = x * x;
+  vfloat p = splat(-0.0066157547f);
+  p = fma(p, z, splat(0.0213127445f));
+  p = fma(p, z, splat(-0.05391006651f));
+  p = fma(p, z, splat(0.1333311762f));
+  p = fma(p, z, splat(-0.3333333205f));
+  const vfloat near = fma(p * z, a, a);
+  const vfloat magnitude = a < splat(0.55f) ? near : far;
+  return x < vfloat{} ? -magnitude : magnitude;
+}
+
+// ---- half types, two at a time ------------------------------------------------------------
+// Half-precision elements are read as 32-bit pairs: the even element in the low half, the odd one
+// in the high half. Splitting a pair costs no shuffle.
+
+struct Pair {
+  vfloat even, odd;
+};
+
+struct BFloat16 {
+  typedef uint16_t element;
+
+  static HOGWILD_INLINE Pair split(vuint raw) {
+    return {(vfloat)(raw << 16), (vfloat)(raw & 0xffff0000u)};
+  }
+  static HOGWILD_INLINE float widen(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+  static HOGWILD_INLINE uint16_t narrow(float x) {  // to nearest, ties to even
+    const uint32_t u = float_to_bits(x);
+    if (x != x) return uint16_t((u >> 16) | 0x40);
+    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t element;
+
+  // Lanes hold a half in their low 16 bits.
+  static HOGWILD_INLINE vfloat from_low(vuint h) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_cvtph_ps(ALL, _mm512_maskz_cvtepi32_epi16(ALL, (__m512i)h));
+#elif defined(__F16C__) && defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)h);
+    const __m128i high = _mm256_extracti128_si256((__m256i)h, 1);
+    return (vfloat)_mm256_cvtph_ps(_mm_packus_epi32(low, high));
+#else
+    // Shifted into place, the exponent is 112 too small; multiplying repairs it, exactly, and
+    // brings subnormals with it. Infinities and NaN need their exponent filled.
+    const vfloat scaled = (vfloat)((h & 0x7fffu) << 13) * splat(5.192296858534828e33f);
+    const vuint special = (vuint)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    return (vfloat)((vuint)scaled | special | ((h & 0x8000u) << 16));
+#endif
+  }
+  static HOGWILD_INLINE Pair split(vuint raw) { return {from_low(raw & 0xffffu), from_low(raw >> 16)}; }
+  static HOGWILD_INLINE float widen(uint16_t h) {
+    const uint32_t sign = uint32_t(h & 0x8000) << 16;
+    if ((h & 0x7c00) == 0x7c00) return bits_to_float(sign | 0x7f800000u | uint32_t(h & 0x3ff) << 13);
+    const float scaled = bits_to_float(uint32_t(h & 0x7fff) << 13) * 5.192296858534828e33f;
+    return bits_to_float(sign | float_to_bits(scaled));
+  }
+  static HOGWILD_INLINE uint16_t narrow(float x) {  // to nearest, ties to even
+    const uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
+    if (a < 0x38800000) {  // subnormal: let the adder round at 2^-24
+      const float shifted = bits_to_float(a) + 0.5f;
+      return uint16_t(sign | (float_to_bits(shifted) - 0x3f000000));
+    }
+    return uint16_t(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
+  }
+};
+
+struct Float32 {
+  typedef float element;
+
+  static HOGWILD_INLINE float widen(float x) { return x; }
+  static HOGWILD_INLINE float narrow(float x) { return x; }
+};
+
+}  // namespace
