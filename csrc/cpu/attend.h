@@ -71,15 +71,27 @@ struct Run {
   int first, last;  // consecutive rows that see the tile
 };
 
+struct TilePlace {
+  int segment;
+  int begin;  // first key
+};
+
 struct KeyTile {
   const uint32_t* units;  // [BLOCKS][units][16]
   int64_t block_stride;
+  int64_t ahead;          // from here to the same place in the next tile, in bytes
 };
 
 struct ValueTile {
   const char* rows;
   int64_t stride;  // in bytes
+  int64_t ahead;
 };
+
+// Asks for what the next tile will read, one line for each that this one reads.
+HOGWILD_INLINE void prefetch(const void* p, int64_t ahead) {
+  __builtin_prefetch((const char*)p + ahead, 0, 2);
+}
 
 // ---- scores: rows x keys ------------------------------------------------------------------
 
@@ -87,12 +99,18 @@ struct ValueTile {
 // operations for a (row, key) whatever the block's shape.
 template <class T, int ROWS, int VECTORS>
 __attribute__((noinline)) static void score_block(const float* query, const uint32_t* keys,
-                                                  int64_t block_stride, int units, float* scores) {
+                                                  int64_t block_stride, int units, int64_t ahead,
+                                                  float* scores) {
   vfloat acc[ROWS][VECTORS];
+#pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) acc[r][v] = vfloat{};
-#pragma GCC unroll 2
-  for (int u = 0; u < units; ++u) {
+  int u = 0;
+  do {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v += BLOCK_VECTORS)
+      prefetch(keys + (v / BLOCK_VECTORS) * block_stride, ahead);
     if constexpr (PER_UNIT<T> == 2) {
       vfloat even[VECTORS], odd[VECTORS];
 #pragma GCC unroll 4
@@ -129,8 +147,10 @@ __attribute__((noinline)) static void score_block(const float* query, const uint
     }
     keys += KEY_BLOCK;
     query += PER_UNIT<T>;
-  }
+  } while (++u < units);
+#pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) store(scores + r * SCORE_STRIDE + v * LANES, acc[r][v]);
 }
 
@@ -140,13 +160,19 @@ __attribute__((noinline)) static void score_block(const float* query, const uint
 // Half types come apart into even and odd dimensions; they are put in order at the very end.
 template <class T, int ROWS, int PAIRS>
 __attribute__((noinline)) static void value_block(const float* weights, int keys,
-                                                  const char* values, int64_t stride, float* out) {
+                                                  const char* values, int64_t stride,
+                                                  int64_t ahead, float* out) {
   vfloat acc[ROWS][2 * PAIRS];
+#pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < 2 * PAIRS; ++v)
       acc[r][v] = load<vfloat>(out + r * DIM_STRIDE + v * LANES);
-#pragma GCC unroll 2
-  for (int k = 0; k < keys; ++k) {
+  int k = 0;
+  do {
+#pragma GCC unroll 4
+    for (int line = 0; line < 2 * PAIRS * LANES * 4 / PER_UNIT<T>; line += 64)
+      prefetch(values + line, ahead);
     vfloat value[2 * PAIRS];
 #pragma GCC unroll 2
     for (int p = 0; p < PAIRS; ++p) {
@@ -166,15 +192,17 @@ __attribute__((noinline)) static void value_block(const float* weights, int keys
       for (int v = 0; v < 2 * PAIRS; ++v) acc[r][v] = fma(w, value[v], acc[r][v]);
     }
     values += stride;
-  }
+  } while (++k < keys);
+#pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < 2 * PAIRS; ++v) store(out + r * DIM_STRIDE + v * LANES, acc[r][v]);
 }
 
 // ---- dispatch on the number of rows -------------------------------------------------------
 
-typedef void (*ScoreBlock)(const float*, const uint32_t*, int64_t, int, float*);
-typedef void (*ValueBlock)(const float*, int, const char*, int64_t, float*);
+typedef void (*ScoreBlock)(const float*, const uint32_t*, int64_t, int, int64_t, float*);
+typedef void (*ValueBlock)(const float*, int, const char*, int64_t, int64_t, float*);
 
 template <class T>
 struct Blocks {
@@ -219,12 +247,12 @@ static void score_rows(Scratch& s, Run run, KeyTile tile, int key_blocks, int un
       Blocks<T>::table.wide_scores[rows](
           s.rotated[row],
           tile.units + (v / BLOCK_VECTORS) * tile.block_stride + (v % BLOCK_VECTORS) * LANES,
-          tile.block_stride, units, s.scores[row] + v * LANES);
+          tile.block_stride, units, tile.ahead, s.scores[row] + v * LANES);
     for (; v < all; v += narrow_vectors(rows))
       Blocks<T>::table.narrow_scores[rows](
           s.rotated[row],
           tile.units + (v / BLOCK_VECTORS) * tile.block_stride + (v % BLOCK_VECTORS) * LANES,
-          tile.block_stride, units, s.scores[row] + v * LANES);
+          tile.block_stride, units, tile.ahead, s.scores[row] + v * LANES);
   });
 }
 
@@ -236,10 +264,10 @@ static void weigh_values(Scratch& s, Run run, ValueTile tile, int keys, int padd
     int d = 0;
     for (; d + wide <= padded_dim; d += wide)
       Blocks<T>::table.wide_values[rows](s.scores[row], keys, tile.rows + d * element, tile.stride,
-                                         s.chunk.out[row] + d);
+                                         tile.ahead, s.chunk.out[row] + d);
     for (; d < padded_dim; d += 2 * LANES)
       Blocks<T>::table.narrow_values[rows](s.scores[row], keys, tile.rows + d * element,
-                                           tile.stride, s.chunk.out[row] + d);
+                                           tile.stride, tile.ahead, s.chunk.out[row] + d);
   });
 }
 
@@ -286,21 +314,15 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
 // ---- tiles --------------------------------------------------------------------------------
 
 // 16 keys given as rows of 32-bit units -> [units][16].
-static void interleave_keys(const uint32_t* const* rows, int units, uint32_t* out) {
-  typedef uint32_t quad __attribute__((vector_size(16)));
+static void interleave_keys(const uint32_t* const* rows, int units, int64_t ahead, uint32_t* out) {
   for (int u = 0; u < units; u += 4) {
-    for (int k = 0; k < KEY_BLOCK; k += 4) {
-      const quad a = load<quad>(rows[k] + u), b = load<quad>(rows[k + 1] + u);
-      const quad c = load<quad>(rows[k + 2] + u), d = load<quad>(rows[k + 3] + u);
-      const quad ab_low = __builtin_shuffle(a, b, quad{0, 4, 1, 5});
-      const quad ab_high = __builtin_shuffle(a, b, quad{2, 6, 3, 7});
-      const quad cd_low = __builtin_shuffle(c, d, quad{0, 4, 1, 5});
-      const quad cd_high = __builtin_shuffle(c, d, quad{2, 6, 3, 7});
-      uint32_t* to = out + int64_t(u) * KEY_BLOCK + k;
-      store(to, __builtin_shuffle(ab_low, cd_low, quad{0, 1, 4, 5}));
-      store(to + KEY_BLOCK, __builtin_shuffle(ab_low, cd_low, quad{2, 3, 6, 7}));
-      store(to + 2 * KEY_BLOCK, __builtin_shuffle(ab_high, cd_high, quad{0, 1, 4, 5}));
-      store(to + 3 * KEY_BLOCK, __builtin_shuffle(ab_high, cd_high, quad{2, 3, 6, 7}));
+    if (u % 16 == 0)
+      for (int k = 0; k < KEY_BLOCK; ++k) prefetch(rows[k] + u, ahead);
+    for (int k = 0; k < KEY_BLOCK; k += LANES) {
+      const uint32_t* const* from = rows + k;
+      const FourVectors block = transpose_quads(load_quads(from, u), load_quads(from + 1, u),
+                                                load_quads(from + 2, u), load_quads(from + 3, u));
+      for (int i = 0; i < 4; ++i) store(out + (u + i) * KEY_BLOCK + k, block.unit[i]);
     }
   }
 }
@@ -324,49 +346,68 @@ struct Attention {
         padded_dim((a.heads.value_dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES)),
         head(0) {}
 
+  const E* key_page(TilePlace at) {
+    const int page = plan.tile_pages[plan.first_tile[at.segment] + at.begin / TILE];
+    return (const E*)args.keys_values.key_pages + key_base(heads, page, head);
+  }
+
+  const E* value_page(TilePlace at) {
+    const int page = plan.tile_pages[plan.first_tile[at.segment] + at.begin / TILE];
+    return (const E*)args.keys_values.value_pages + value_base(heads, page, head);
+  }
+
+  const E* value_rows(TilePlace at) {
+    const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
+    return (const E*)rows.values + at.begin * rows.value_token_stride +
+           head * rows.value_head_stride;
+  }
+
   // Plain rows become a tile of the page layout in scratch; keys past the segment's end are zero.
-  KeyTile key_tile(int segment, int begin, int keys) {
+  KeyTile key_tile(TilePlace at, TilePlace next, int keys) {
     const int units = key_units<T>(heads.head_dim);
     const int64_t block_stride = int64_t(units) * KEY_BLOCK;
     if (args.keys_values.layout == hogwild::Layout::Pages) {
-      const int page = plan.tile_pages[plan.first_tile[segment] + begin / TILE];
-      const E* base = (const E*)args.keys_values.key_pages + key_base(heads, page, head);
-      return {(const uint32_t*)base, block_stride};
+      const E* base = key_page(at);
+      return {(const uint32_t*)base, block_stride, (const char*)key_page(next) - (const char*)base};
     }
     static const uint32_t zeros[MAX_DIM] = {};
-    const hogwild::SegmentRows& rows = args.keys_values.rows[segment];
+    const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
     const E* base = (const E*)rows.keys + head * rows.key_head_stride;
+    const hogwild::SegmentRows& next_rows = args.keys_values.rows[next.segment];
+    const E* next_base = (const E*)next_rows.keys + head * next_rows.key_head_stride +
+                         next.begin * next_rows.key_token_stride;
+    const int64_t ahead =
+        (const char*)next_base - (const char*)(base + at.begin * rows.key_token_stride);
     for (int block = 0; block * KEY_BLOCK < keys; ++block) {
       const uint32_t* from[KEY_BLOCK];
       for (int k = 0; k < KEY_BLOCK; ++k) {
         const int key = block * KEY_BLOCK + k;
         from[k] = key < keys
-                      ? (const uint32_t*)(base + int64_t(begin + key) * rows.key_token_stride)
+                      ? (const uint32_t*)(base + int64_t(at.begin + key) * rows.key_token_stride)
                       : zeros;
       }
-      interleave_keys(from, units, s.keys + block * block_stride);
+      interleave_keys(from, units, ahead, s.keys + block * block_stride);
     }
-    return {s.keys, block_stride};
+    return {s.keys, block_stride, 0};
   }
 
-  ValueTile value_tile(int segment, int begin, int keys) {
+  ValueTile value_tile(TilePlace at, TilePlace next, int keys) {
     const int64_t element = sizeof(E);
     if (args.keys_values.layout == hogwild::Layout::Pages) {
-      const int page = plan.tile_pages[plan.first_tile[segment] + begin / TILE];
-      const E* base = (const E*)args.keys_values.value_pages + value_base(heads, page, head);
-      return {(const char*)base, hogwild::cpu::padded_value_dim(heads.value_dim) * element};
+      const E* base = value_page(at);
+      return {(const char*)base, hogwild::cpu::padded_value_dim(heads.value_dim) * element,
+              (const char*)value_page(next) - (const char*)base};
     }
-    const hogwild::SegmentRows& rows = args.keys_values.rows[segment];
-    const E* base = (const E*)rows.values + begin * rows.value_token_stride +
-                    head * rows.value_head_stride;
+    const E* base = value_rows(at);
+    const int64_t stride = args.keys_values.rows[at.segment].value_token_stride;
     if (padded_dim == heads.value_dim)
-      return {(const char*)base, rows.value_token_stride * element};
+      return {(const char*)base, stride * element, (const char*)value_rows(next) - (const char*)base};
     // Vectors would read past the row's end: copy into padded rows.
     E* copy = (E*)s.values;
     for (int k = 0; k < keys; ++k)
-      __builtin_memcpy(copy + int64_t(k) * padded_dim, base + k * rows.value_token_stride,
+      __builtin_memcpy(copy + int64_t(k) * padded_dim, base + k * stride,
                        heads.value_dim * element);
-    return {(const char*)copy, padded_dim * element};
+    return {(const char*)copy, padded_dim * element, 0};
   }
 
   // ---- rows ---------------------------------------------------------------------------------
@@ -449,7 +490,8 @@ struct Attention {
 
   // ---- a chunk's partial result -------------------------------------------------------------
 
-  void attend_chunk(const Visit& visit) {
+  // `next` is the tile that will be read after the chunk.
+  void attend_chunk(const Visit& visit, TilePlace next) {
     const Chunk& chunk = plan.chunks[visit.chunk];
     const int units = key_units<T>(heads.head_dim);
     const float cap = args.scoring.softcap * LOG2_E;
@@ -466,7 +508,10 @@ struct Attention {
       const int key_blocks = (keys + KEY_BLOCK - 1) / KEY_BLOCK;
       const int count = runs_of(visit, begin, begin + keys, runs);
       if (count == 0) continue;
-      const KeyTile key = key_tile(chunk.segment, begin, keys);
+      const TilePlace here{chunk.segment, begin};
+      const TilePlace after =
+          begin + TILE < chunk.end ? TilePlace{chunk.segment, begin + TILE} : next;
+      const KeyTile key = key_tile(here, after, keys);
       for (int r = 0; r < count; ++r) score_rows<T>(s, runs[r], key, key_blocks, units);
       for (int r = 0; r < count; ++r)
         for (int row = runs[r].first; row < runs[r].last; ++row) {
@@ -475,7 +520,7 @@ struct Attention {
           softmax_row(s, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
                       place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
         }
-      const ValueTile value = value_tile(chunk.segment, begin, keys);
+      const ValueTile value = value_tile(here, after, keys);
       for (int r = 0; r < count; ++r) weigh_values<T>(s, runs[r], value, keys, padded_dim);
     }
 
@@ -602,7 +647,8 @@ struct Attention {
         const Visit& visit = plan.visits[group.visit_begin + v];
         const int segment = plan.chunks[visit.chunk].segment;
         if (segment != entered) enter_segment(group, entered = segment);
-        attend_chunk(visit);
+        const Chunk& next = plan.chunks[plan.visits[group.visit_begin + (v + 1) % visits].chunk];
+        attend_chunk(visit, {next.segment, next.begin});
         if (first == 0) {
           fold_chunk(visit);
         } else {

@@ -153,6 +153,53 @@ HOGWILD_INLINE vfloat tanh(vfloat x) {
   return x < vfloat{} ? -magnitude : magnitude;
 }
 
+// ---- transposing 4 x 4 blocks of 32 bits --------------------------------------------------
+// A vector is seen as LANES / 4 quads; quad q holds four units of row 4 q (and of the three rows
+// after it in the three vectors that go with it).
+
+#if defined(__AVX512F__)
+#define HOGWILD_UNPACK(name, a, b) (vuint) _mm512_maskz_##name(ALL, (__m512i)a, (__m512i)b)
+#define HOGWILD_UNPACK64(name, a, b) (vuint) _mm512_maskz_##name(0xff, (__m512i)a, (__m512i)b)
+HOGWILD_INLINE vuint load_quads(const uint32_t* const* rows, int unit) {
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(rows[0] + unit)));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(rows[4] + unit)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(rows[8] + unit)), 2);
+  return (vuint)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(rows[12] + unit)), 3);
+}
+#elif defined(__AVX2__)
+#define HOGWILD_UNPACK(name, a, b) (vuint) _mm256_##name((__m256i)a, (__m256i)b)
+#define HOGWILD_UNPACK64(name, a, b) (vuint) _mm256_##name((__m256i)a, (__m256i)b)
+HOGWILD_INLINE vuint load_quads(const uint32_t* const* rows, int unit) {
+  const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(rows[0] + unit)));
+  return (vuint)_mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(rows[4] + unit)), 1);
+}
+#else
+HOGWILD_INLINE vuint load_quads(const uint32_t* const* rows, int unit) {
+  return load<vuint>(rows[0] + unit);
+}
+#endif
+
+struct FourVectors {
+  vuint unit[4];
+};
+
+// Units 0..3 of rows 4 q + (a, b, c, d) -> vectors of one unit of all rows.
+HOGWILD_INLINE FourVectors transpose_quads(vuint a, vuint b, vuint c, vuint d) {
+#if defined(HOGWILD_UNPACK)
+  const vuint ab_low = HOGWILD_UNPACK(unpacklo_epi32, a, b);
+  const vuint ab_high = HOGWILD_UNPACK(unpackhi_epi32, a, b);
+  const vuint cd_low = HOGWILD_UNPACK(unpacklo_epi32, c, d);
+  const vuint cd_high = HOGWILD_UNPACK(unpackhi_epi32, c, d);
+  return {{HOGWILD_UNPACK64(unpacklo_epi64, ab_low, cd_low),
+           HOGWILD_UNPACK64(unpackhi_epi64, ab_low, cd_low),
+           HOGWILD_UNPACK64(unpacklo_epi64, ab_high, cd_high),
+           HOGWILD_UNPACK64(unpackhi_epi64, ab_high, cd_high)}};
+#else
+  return {{vuint{a[0], b[0], c[0], d[0]}, vuint{a[1], b[1], c[1], d[1]},
+           vuint{a[2], b[2], c[2], d[2]}, vuint{a[3], b[3], c[3], d[3]}}};
+#endif
+}
+
 // ---- half types, two at a time ------------------------------------------------------------
 // Half-precision elements are read as 32-bit pairs: the even element in the low half, the odd one
 // in the high half. Splitting a pair costs no shuffle.
