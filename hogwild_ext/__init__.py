@@ -17,13 +17,15 @@ import torch  # noqa: F401  (its OpenMP runtime must be loaded before the compil
 try:
     from . import _C
 except ImportError as error:
+    from importlib.machinery import EXTENSION_SUFFIXES
     from pathlib import Path
 
     _folder = Path(__file__).parent
-    if list(_folder.glob("_C.*.so")):
-        raise
+    if any((_folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        raise  # it is there, and says itself what is wrong with it
     raise ImportError(
-        f"hogwild_ext was imported from {_folder}, which holds no compiled module. "
+        f"hogwild_ext was imported from {_folder}, which holds no compiled module for "
+        "this Python. "
         "That is the source folder, not an installed package. Type\n\n"
         f"    pip install -e {_folder.parent}\n\n"
         "to build it there, or leave the folder so that the installed package is found."
