@@ -97,12 +97,13 @@ float* Workspace::partials(int64_t floats) {
 
 namespace {
 
-// Work is all pairs (KV head, row group), each a list of visits. It is cut into one range a thread
-// of about equal cost; a cut close to a pair's end moves there, so that nothing needs merging.
+// Work is all pairs (KV head, row group), each a list of visits. It is cut into ranges of about
+// equal cost, a few a thread, so that threads can share evenly even when one of them is held up. A
+// cut close to a pair's end moves there, so that nothing needs merging.
 //
 //     pair 0            pair 1            pair 2
 //     v v v v v v v v | v v v v v v v v | v v v v v v v v
-//     ---- thread 0 ----------><----------- thread 1 ----
+//     --- range 0 ---><-- range 1 --><- range 2 -><- ...
 struct Schedule {
   std::vector<WorkRange> ranges;
   std::vector<SplitPair> splits;
@@ -120,7 +121,8 @@ double visit_cost(const PlanView& plan, const Visit& visit) {
   return (chunk.end - chunk.begin + 8) * (rows + 8);
 }
 
-constexpr double WORTH_A_THREAD = 16384;  // cost below which waking another thread does not pay
+constexpr double WORTH_A_RANGE = 16384;  // cost below which waking another thread does not pay
+constexpr int RANGES_A_THREAD = 4;
 
 Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
   // before[v]: cost of the visits before v, over one head; a visit's own cost follows.
@@ -130,10 +132,11 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
   const double a_head = before[plan.num_visits], total = a_head * heads.kv_heads;
   const int pairs = heads.kv_heads * plan.num_groups;
 
-  threads = std::max(1, std::min(threads, int(total * heads.head_dim / 64 / WORTH_A_THREAD) + 1));
+  const double worth = total * heads.head_dim / 64 / WORTH_A_RANGE;
+  const int wanted = threads == 1 ? 1 : int(std::min(threads * RANGES_A_THREAD + 0.0, worth + 1));
   std::vector<Cursor> cuts{{0, 0}};
-  for (int t = 1; t < threads; ++t) {
-    const double goal = total * t / threads;
+  for (int t = 1; t < wanted; ++t) {
+    const double goal = total * t / wanted;
     const int head = std::min(int(goal / a_head), heads.kv_heads - 1);
     const double within = goal - head * a_head;
     int v = int(std::upper_bound(before.begin(), before.end(), within) - before.begin()) - 1;
@@ -145,7 +148,7 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
                           plan.groups);
     const RowGroup& g = plan.groups[group];
     Cursor cut{head * plan.num_groups + group, v - g.visit_begin};
-    const double slack = 0.04 * total / threads;
+    const double slack = 0.1 * total / wanted;
     if (within - before[g.visit_begin] < slack)
       cut.visit = 0;
     else if (before[g.visit_end] - within < slack)
@@ -205,11 +208,13 @@ void attend(const AttendArgs& args, int32_t padded_queries, int threads, Workspa
   Schedule schedule = make_schedule(*args.plan, args.heads, threads);
   const int ranges = int(schedule.ranges.size());
   const int64_t scratch_bytes = (k.scratch_bytes + 63) / 64 * 64;
-  char* scratch = workspace.scratch(ranges, scratch_bytes);
+  char* scratch = workspace.scratch(std::min(threads, ranges), scratch_bytes);
   float* partials = workspace.partials(schedule.partial_floats);
   for (size_t i = 0; i < schedule.splits.size(); ++i)
     schedule.splits[i].partials = partials + schedule.partials_at[i];
-  parallel(ranges, [&](int i) { k.attend(args, schedule.ranges[i], scratch + i * scratch_bytes); });
+  parallel(threads, ranges, [&](int thread, int i) {
+    k.attend(args, schedule.ranges[i], scratch + thread * scratch_bytes);
+  });
 }
 
 void append(const AppendArgs& args, int threads) {
@@ -218,33 +223,27 @@ void append(const AppendArgs& args, int threads) {
   const int64_t work = int64_t(tokens) * args.heads.kv_heads *
                        (args.heads.head_dim + args.heads.value_dim);
   const int pieces = work < 65536 ? 1 : std::min(threads, tokens);
-  parallel(pieces, [&](int i) {
+  parallel(threads, pieces, [&](int, int i) {
     k.append(args, int32_t(int64_t(tokens) * i / pieces), int32_t(int64_t(tokens) * (i + 1) / pieces));
   });
 }
 
 void commit(const CommitArgs& args, int threads) {
   const Kernels& k = kernels();
-  const int32_t layers = args.layers.num_layers;
-  const int pieces = std::min(threads, layers);
-  parallel(pieces, [&](int i) {
-    k.commit(args, int32_t(int64_t(layers) * i / pieces), int32_t(int64_t(layers) * (i + 1) / pieces));
-  });
+  parallel(threads, args.layers.num_layers, [&](int, int layer) { k.commit(args, layer, layer + 1); });
 }
 
 void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* source_pages,
                 const int32_t* target_pages, int64_t count, int threads) {
   const int64_t key_bytes = key_page_elements(heads) * element_size(heads.dtype);
   const int64_t value_bytes = value_page_elements(heads) * element_size(heads.dtype);
-  parallel(std::min(threads, layers.num_layers), [&, pieces = std::min(threads, layers.num_layers)](int i) {
-    for (int32_t layer = i; layer < layers.num_layers; layer += pieces) {
-      char* keys = static_cast<char*>(layers.key_pages[layer]);
-      char* values = static_cast<char*>(layers.value_pages[layer]);
-      for (int64_t p = 0; p < count; ++p) {
-        std::memcpy(keys + target_pages[p] * key_bytes, keys + source_pages[p] * key_bytes, key_bytes);
-        std::memcpy(values + target_pages[p] * value_bytes, values + source_pages[p] * value_bytes,
-                    value_bytes);
-      }
+  parallel(threads, layers.num_layers, [&](int, int layer) {
+    char* keys = static_cast<char*>(layers.key_pages[layer]);
+    char* values = static_cast<char*>(layers.value_pages[layer]);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t from = source_pages[p], to = target_pages[p];
+      std::memcpy(keys + to * key_bytes, keys + from * key_bytes, key_bytes);
+      std::memcpy(values + to * value_bytes, values + from * value_bytes, value_bytes);
     }
   });
 }

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -36,15 +37,17 @@ GompParallel openmp() {
   return function;
 }
 
-// One call's work: threads draw numbers until none is left, so that it does not matter how many
-// threads come.
+// One call's work. It does not matter how many threads come.
 struct Job {
-  const std::function<void(int)>& work;
-  const int size;
-  std::atomic<int> next{0};
+  const std::function<void(int, int)>& work;
+  const int threads;
+  const int items;
+  std::atomic<int> next_thread{0};
+  std::atomic<int> next_item{0};
 
   void draw() {
-    for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < size;) work(i);
+    const int thread = next_thread.fetch_add(1, std::memory_order_relaxed);
+    for (int i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < items;) work(thread, i);
   }
 };
 
@@ -55,10 +58,10 @@ class SleepingPool {
     const std::lock_guard<std::mutex> one_at_a_time(caller_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (int(threads_.size()) < job.size - 1)
+      while (int(threads_.size()) < job.threads - 1)
         threads_.emplace_back([this, i = int(threads_.size())] { serve(i); });
       job_ = &job;
-      wanted_ = job.size - 1;
+      wanted_ = job.threads - 1;
       running_ = wanted_;
       ++generation_;
     }
@@ -94,11 +97,12 @@ class SleepingPool {
 
 }  // namespace
 
-void parallel(int n, const std::function<void(int)>& work) {
-  Job job{work, n};
-  if (n <= 1) return job.draw();
+void parallel(int threads, int items, const std::function<void(int, int)>& work) {
+  Job job{work, std::min(threads, items), items};
+  if (job.threads <= 1) return job.draw();
   if (GompParallel gomp_parallel = openmp()) {
-    gomp_parallel([](void* data) { static_cast<Job*>(data)->draw(); }, &job, unsigned(n), 0);
+    gomp_parallel([](void* data) { static_cast<Job*>(data)->draw(); }, &job,
+                  unsigned(job.threads), 0);
   } else {
     static SleepingPool* pool = new SleepingPool;  // never destroyed: its threads never return
     pool->run(job);
