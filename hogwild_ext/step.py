@@ -1,0 +1,296 @@
+"""A step: one forward pass of several workers over a segment cache, all or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import _C, checks
+from .pages import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from .cache import Segment, SegmentCache
+
+Offsets = np.ndarray[Any, np.dtype[np.int32]]
+
+_KEYS = "[tokens, kv_heads, head_dim]"
+_VALUES = "[tokens, kv_heads, value_dim]"
+
+
+class Step:
+    """What `SegmentCache.step` returns; enter it with `with`, at once.
+
+    On entering, room for all new tokens is taken. On leaving, every layer must have been attended
+    once, and the segments grow. If anything is raised they stay as they were. Their lengths and
+    tokens do not change before the step has ended well.
+
+    `query_lengths` are the workers' new tokens, `num_tokens` (T) their sum.
+    """
+
+    def __init__(
+        self,
+        cache: SegmentCache,
+        writers: list[Segment],
+        order: list[Segment],
+        sizes: list[int],
+        ids: Sequence[list[int] | torch.Tensor],
+        offsets: Offsets,
+    ) -> None:
+        self.query_lengths = tuple(sizes)
+        self.num_tokens = sum(sizes)
+        self._cache = cache
+        self._version = cache._version
+        self._writers = writers  # [W]
+        self._order = order  # [S], all segments seen: columns of the offsets
+        self._ids = ids  # [W]
+        self._offsets = offsets  # [W, S]
+        self._state = "not entered"
+        self._before = cache._savepoint(writers)
+        self._attended = bytearray(cache.num_layers)
+
+        # What attend compares with in every layer. Only the queries tell how many heads there are,
+        # so that the plan is made in the first layer.
+        self._plan: _C.Plan | None = None
+        self._threads = 1
+        self._query_shape: tuple[int, ...] = ()
+        self._key_shape = (self.num_tokens, cache.num_kv_heads, cache.head_dim)
+        self._value_shape = (self.num_tokens, cache.num_kv_heads, cache.value_dim)
+        self._out_shape: tuple[int, ...] = ()
+
+    def __enter__(self) -> Step:
+        cache = self._cache
+        if self._state != "not entered":
+            raise RuntimeError(f"step: expected a new one, got one that is {self._state}")
+        cache._require_idle("step")
+        if self._version != cache._version:
+            raise RuntimeError("step: expected to be entered at once, but the cache has changed")
+        try:
+            self._state = "entering"
+            cache._busy = "step"
+            # Shortest first: of writers that share their last page, the one with the most rows in
+            # it comes last. By then it is the only holder, and it writes behind everybody's rows.
+            pairs = zip(self._writers, self.query_lengths, strict=True)
+            for segment, size in sorted(pairs, key=lambda pair: len(pair[0])):
+                cache._growing[segment] = cache._grow(segment, size), len(segment) + size
+            cache._check_capacity()
+            self._threads = torch.get_num_threads()
+            self._state = "open"
+        except BaseException as error:
+            self.abandon()
+            cache._raise_if_full(error, self.num_tokens)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._store()
+            else:
+                self.abandon()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Undo the step unless it has ended. `with` calls it when anything is raised.
+
+        Only a Ctrl-C that strikes between the end of the block and `with`'s own cleaning up gets
+        past that, and leaves the step open. A loop that must go on even then says
+
+            try:
+                with step: ...
+            except BaseException:
+                step.abandon()
+                raise
+        """
+        if self._state in ("entering", "open"):
+            self._before.restore()
+            self._state = "over"
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Store the layer's new keys and values, then attend with the new queries.
+
+        Args:
+            layer: 0 .. num_layers - 1, each once in a step, in any order.
+            query: [T, Hq, D], not rotated, worker after worker; Hq is a multiple of Hkv and the
+                same in most layers.
+            key, value: [T, Hkv, D], not rotated, and [T, Hkv, Dv]. Like `query` they have the
+                cache's dtype and device, and are read in place if their last dimension is dense.
+            out: [T, Hq, Dv] to write to, apart from the inputs' memory; a new tensor if None.
+
+        Returns out. Raises TypeError or ValueError for a bad argument, and RuntimeError outside
+        of the `with` block, or if an input requires grad while grad mode is on.
+        """
+        cache = self._cache
+        if self._state != "open":
+            raise RuntimeError(f"step: expected an open one, got one that is {self._state}")
+        dtype, device = cache.dtype, cache.device
+        try:
+            as_planned = (
+                query.shape == self._query_shape
+                and key.shape == self._key_shape
+                and value.shape == self._value_shape
+                and query.dtype is dtype
+                and key.dtype is dtype
+                and value.dtype is dtype
+                and query.device == device
+                and key.device == device
+                and value.device == device
+                and query.stride(2) == key.stride(2) == value.stride(2) == 1
+                and not torch.is_grad_enabled()
+                and type(layer) is int
+                and 0 <= layer < cache.num_layers
+            )
+        except AttributeError:  # not a tensor
+            as_planned = False
+        if not as_planned:
+            layer = self._check(layer, query, key, value)
+        if self._attended[layer]:
+            raise ValueError(f"layer: expected one not attended in this step so far, got {layer}")
+        if out is None:
+            out = torch.empty(self._out_shape, dtype=dtype, device=device)
+        else:
+            self._check_out(out, query, key, value)
+        query_token, query_head, _ = query.stride()
+        key_token, key_head, _ = key.stride()
+        value_token, value_head, _ = value.stride()
+        out_token, out_head, _ = out.stride()
+
+        code, kv_heads, head_dim, value_dim = cache._shape
+        key_pages, value_pages = cache._key_addresses[layer], cache._value_addresses[layer]
+        started = time.perf_counter()
+        _C.append(
+            self._plan, code, kv_heads, head_dim, value_dim,
+            (key.data_ptr(), key_token, key_head), (value.data_ptr(), value_token, value_head),
+            key_pages, value_pages, cache.rope_scale, cache.interleaved, self._threads,
+        )  # fmt: skip
+        _C.attend_paged(
+            self._plan, code, self._query_shape[1], kv_heads, head_dim, value_dim,
+            (query.data_ptr(), 0, query_token, query_head), key_pages, value_pages,
+            (out.data_ptr(), 0, out_token, out_head), 0, cache.scale, cache.rope_scale,
+            cache.interleaved, cache.softcap, self._threads,
+        )  # fmt: skip
+        self._attended[layer] = True
+        cache.stats.attention_seconds += time.perf_counter() - started
+        return out
+
+    def _check(self, layer: int, query: Any, key: Any, value: Any) -> int:
+        """Everything that attend asks of its arguments, and a plan for the queries' heads."""
+        cache = self._cache
+        layer = checks.is_integer("layer", layer, 0, cache.num_layers - 1)
+        checks.is_tensor("query", query, 3, "[tokens, heads, head_dim]")
+        heads = query.shape[1]
+        query_shape = (self.num_tokens, heads, cache.head_dim)
+        for name, tensor, shape, what in (
+            ("query", query, query_shape, "[tokens, heads, head_dim]"),
+            ("key", key, self._key_shape, _KEYS),
+            ("value", value, self._value_shape, _VALUES),
+        ):
+            checks.is_tensor(name, tensor, 3, what)
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name}: expected {what} = {list(shape)}, got {checks.describe(tensor)}"
+                )
+            self._check_storage(name, tensor)
+        checks.heads_divide(heads, cache.num_kv_heads)
+        if self._plan is None or query_shape != self._query_shape:
+            self._plan = self._make_plan(heads // cache.num_kv_heads)
+            self._query_shape = query_shape
+            self._out_shape = (self.num_tokens, heads, cache.value_dim)
+        return layer
+
+    def _check_storage(self, name: str, tensor: torch.Tensor) -> None:
+        dtype, device = self._cache.dtype, self._cache.device
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected the cache's dtype, {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the cache's device, {device}, got {tensor.device}")
+        checks.has_no_grad(name, tensor)
+
+    def _check_out(self, out: torch.Tensor, *inputs: torch.Tensor) -> None:
+        checks.is_tensor("out", out, 3, "[tokens, heads, value_dim]")
+        if out.shape != self._out_shape:
+            raise ValueError(
+                f"out: expected [tokens, heads, value_dim] = {list(self._out_shape)}, "
+                f"got {checks.describe(out)}"
+            )
+        self._check_storage("out", out)
+        by_stride = sorted(zip(out.stride(), out.shape, strict=True))
+        reach = 1
+        for stride, size in by_stride:
+            if size > 1 and stride < reach:
+                raise ValueError(f"out: expected elements that do not overlap, got {out.stride()}")
+            reach = stride * (size - 1) + reach
+        first, last = _memory(out)
+        for tensor in inputs:
+            start, end = _memory(tensor)
+            if first < end and start < last:
+                raise ValueError("out: expected memory of its own, got that of an input")
+
+    def _make_plan(self, group: int) -> _C.Plan:
+        """The plan of all layers whose queries have `group` heads for each KV head."""
+        cache = self._cache
+        tables, lengths = [], []
+        for segment in self._order:
+            table, length = cache._growing.get(segment, (segment._table, len(segment)))
+            tables.append(table)
+            lengths.append(length)
+        slots = []
+        for segment, size in zip(self._writers, self.query_lengths, strict=True):
+            places = np.arange(len(segment), len(segment) + size)
+            pages = cache._growing[segment][0][places // PAGE_SIZE]
+            slots.append(pages * PAGE_SIZE + places % PAGE_SIZE)
+        return _C.Plan(
+            self._offsets,
+            np.array(lengths, np.int32),
+            np.array(self.query_lengths, np.int32),
+            cache.inv_freq,
+            group,
+            cache.num_kv_heads,
+            cache.window or 0,
+            np.array([len(segment) for segment in self._writers], np.int32),
+            np.concatenate(tables),
+            np.concatenate(slots).astype(np.int32),
+            packed=True,
+        )
+
+    def _store(self) -> None:
+        """Make the new tokens part of their segments."""
+        cache = self._cache
+        if missing := [layer for layer, done in enumerate(self._attended) if not done]:
+            raise ValueError(
+                f"step: expected every layer to be attended once, but layers {missing} were not"
+            )
+        for segment, ids in zip(self._writers, self._ids, strict=True):
+            segment._log.extend(ids)
+            segment._table, segment._length = cache._growing[segment]
+        cache._version += 1
+        cache._growing = {}
+        cache._busy = None
+        self._state = "over"
+        cache.stats.steps += 1
+        cache.stats.appended_tokens += self.num_tokens
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address of a tensor, and the one behind its last element."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()

@@ -1,0 +1,70 @@
+"""What every test gets: fresh but repeatable random numbers, torch's thread count put back."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# Examples a property: HYPOTHESIS_PROFILE=thorough looks ten times as long as CI does.
+# No deadline: an example's time depends on what else the machine does.
+for profile, examples in (("quick", 25), ("ci", 150), ("thorough", 1500)):
+    hypothesis.settings.register_profile(
+        profile, max_examples=examples, deadline=None, print_blob=True
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = os.environ.get("HOGWILD_TEST_SEED")
+    config.stash[SESSION_SEED] = int(chosen) if chosen else random.SystemRandom().getrandbits(32)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random data: HOGWILD_TEST_SEED={config.stash[SESSION_SEED]} repeats this run"
+
+
+SESSION_SEED = pytest.StashKey[int]()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Fresh in every run, another one in every test, and the same again with HOGWILD_TEST_SEED."""
+    return zlib.crc32(f"{request.config.stash[SESSION_SEED]} {request.node.nodeid}".encode())
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A torch generator that starts from `seed`."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _global_seeds(seed: int) -> None:
+    """The global generators too, for code under test that draws from them."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored() -> Iterator[None]:
+    """A test may call torch.set_num_threads; the next one finds what this one found."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch.cuda.is_available() is false")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
