@@ -97,7 +97,9 @@ def main() -> None:
         f"{options.tokens} tokens, {options.threads} threads, {hx._C.isa()} kernels, "
         f"torch {torch.__version__}\n"
     )
-    print("| dtype | workers | what | median ms | spread | GB/s | GFMA/s | times faster than SDPA |")
+    print(
+        "| dtype | workers | what | median ms | spread | GB/s | GFMA/s | times faster than SDPA |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for dtype in options.dtype:
         for workers in options.workers:

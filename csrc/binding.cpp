@@ -198,15 +198,15 @@ PYBIND11_MODULE(_C, m) {
            py::arg("slots") = py::none(), py::arg("packed") = false)
       .def_property_readonly("num_tokens",
                              [](const StepPlan& s) { return s.plan.view().num_tokens; })
-      .def_property_readonly("chunks",
-                             [](const StepPlan& s) {
-                               const PlanView& v = s.plan.view();
-                               std::vector<std::array<int32_t, 3>> list;
-                               for (int i = 0; i < v.num_chunks; ++i)
-                                 list.push_back({v.chunks[i].segment, v.chunks[i].begin,
-                                                 v.chunks[i].end});
-                               return list;
-                             })
+      .def_property_readonly(
+          "chunks",
+          [](const StepPlan& s) {
+            const PlanView& v = s.plan.view();
+            std::vector<std::array<int32_t, 3>> list;
+            for (int i = 0; i < v.num_chunks; ++i)
+              list.push_back({v.chunks[i].segment, v.chunks[i].begin, v.chunks[i].end});
+            return list;
+          })
       // One entry a row group: its visits, each (chunk, [(worker, first row, last row), ...]).
       .def_property_readonly("visits", [](const StepPlan& s) {
         const PlanView& v = s.plan.view();

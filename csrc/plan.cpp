@@ -104,8 +104,7 @@ void Plan::list_visits(int32_t group) {
       const int32_t span_begin = int32_t(spans_.size());
       for (int32_t p = g.part_begin; p < g.part_end; ++p) {
         const Part& part = parts_[p];
-        const int64_t offset =
-            offsets_[int64_t(part.worker) * view_.num_segments + chunk.segment];
+        const int64_t offset = offsets_[int64_t(part.worker) * view_.num_segments + chunk.segment];
         if (offset == HIDDEN) continue;
         // Tokens i with offset + i >= begin (causal) and offset + i - window < end - 1.
         const int64_t first_token = chunk.begin - offset;

@@ -32,9 +32,9 @@ struct PlanInput {
   const int32_t* lengths;        // [S]
   const int32_t* query_lengths;  // [W]
   const float* inv_freq;         // [R/2]
-  const int32_t* key_start;      // [W]: place of a worker's first new token in its segment, or null
-  const int32_t* tile_pages;     // or null
-  const int32_t* slots;          // or null
+  const int32_t* key_start;  // [W]: place of a worker's first new token in its segment, or null
+  const int32_t* tile_pages;  // or null
+  const int32_t* slots;  // or null
 };
 
 // Fills angles [n, 2, half] with cos and sin of positions[i] * inv_freq[j]; the product and the

@@ -47,7 +47,20 @@ _LAZY = {
     "info": "installation",
 }
 
-__all__ = ["HIDDEN", "concurrent_attention", "rotate", "view_offsets", *_LAZY]
+__all__ = [
+    "HIDDEN",
+    "Hogwild",
+    "OutOfPages",
+    "Segment",
+    "SegmentCache",
+    "concurrent_attention",
+    "forward",
+    "info",
+    "patch",
+    "rotate",
+    "unpatch",
+    "view_offsets",
+]
 
 if TYPE_CHECKING:
     from .cache import OutOfPages, Segment, SegmentCache

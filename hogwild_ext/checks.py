@@ -166,9 +166,7 @@ def is_int32_array(
         smallest, largest = int(array.min()), int(array.max())
         if smallest < low or largest > INT32_MAX:
             bad = smallest if smallest < low else largest
-            raise ValueError(
-                f"{name}: expected integers from {low} to {INT32_MAX}, got {bad}"
-            )
+            raise ValueError(f"{name}: expected integers from {low} to {INT32_MAX}, got {bad}")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 

@@ -167,8 +167,7 @@ def _check_segments(
         length = key.shape[0]
         if key.shape[1:] != (kv_heads, head_dim):
             raise ValueError(
-                f"keys[{s}]: expected {_KEYS} = [*, {kv_heads}, {head_dim}], "
-                f"got {list(key.shape)}"
+                f"keys[{s}]: expected {_KEYS} = [*, {kv_heads}, {head_dim}], got {list(key.shape)}"
             )
         if value.shape != (length, kv_heads, value_dim):
             raise ValueError(
@@ -177,9 +176,7 @@ def _check_segments(
             )
         if length > checks.INT32_MAX:
             raise ValueError(f"keys[{s}]: expected fewer than 2**31 tokens, got {length}")
-        segments.append(
-            (key.data_ptr(), value.data_ptr(), *key.stride()[:2], *value.stride()[:2])
-        )
+        segments.append((key.data_ptr(), value.data_ptr(), *key.stride()[:2], *value.stride()[:2]))
         lengths.append(length)
     return segments, np.array(lengths, dtype=np.int32), kv_heads, value_dim
 

@@ -61,6 +61,12 @@ def _threads_restored() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread(_threads_restored: None) -> None:
+    """For tests of many small calls: threads that wait for each other would take all the time."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

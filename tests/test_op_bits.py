@@ -19,6 +19,8 @@ from op_cases import DTYPES, HIDDEN, Case, Layout, as_host, layouts, random_case
 
 import hogwild_ext as hx
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ISAS = {  # what each one needs of the processor, in the words of /proc/cpuinfo
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},

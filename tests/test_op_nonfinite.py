@@ -25,6 +25,9 @@ from op_cases import (
 import hogwild_ext as hx
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def seen_tokens(layout: Layout, segment: int) -> torch.Tensor:
     """[W, Q, L] bool: who sees which token of the segment."""
     workers, length = len(layout.offsets), layout.lengths[segment]
@@ -131,6 +134,23 @@ def test_a_segment_of_nan_is_nothing_to_whom_it_is_hidden_from(
     assert_same_bits(bad_lse[blind], lse[blind], "lse of workers that do not see it")
     assert bad_out[sees].isnan().all()
     assert bad_lse[sees].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_passes_between_threads(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Threads that share a row's keys hand each other nan and nothing worse."""
+    case = random_case(generator, dtype, [[0, 1], [1]], [5000, 300], [1, 2], kv_heads=1, group=4)
+    keys = poisoned(case.keys, 0, (4000, 0, 3), torch.nan)
+    bad = replace(case, keys=keys)
+    out, lse = bad.run()
+    assert out[0, 0].isnan().all() and lse[0, 0].isnan().all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        again, lse_again = bad.run()
+        assert_same_bits(again[1], out[1], "out of the worker that does not see it")
+        assert_same_bits(lse_again[1], lse[1], "lse of the worker that does not see it")
+        assert again[0, 0].isnan().all() and lse_again[0, 0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

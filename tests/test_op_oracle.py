@@ -35,6 +35,9 @@ from op_cases import (
 import hogwild_ext as hx
 from hogwild_ext._reference import reference_attention
 
+# One thread gives the bits of any number of threads: test_op_bits.py.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UGLY_SIZES = [1, 2, 3, 17, 129, 1134]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hogwild_ext import HIDDEN, _C
+from hogwild_ext import _C, HIDDEN
 
 TILE = _C.PAGE_SIZE
 ROW_GROUP = 64
@@ -101,5 +101,7 @@ def test_workers_who_see_the_same_share_a_group():
     """70 workers of two teams, interleaved: no chunk is read by more groups than needed."""
     offsets = [[10, HIDDEN] if w % 2 else [HIDDEN, 10] for w in range(70)]
     plan = make_plan(offsets, [10, 10], [1] * 70)
-    readers = [sum(any(c == chunk for c, _ in visits) for visits in plan.visits) for chunk in (0, 1)]
+    readers = [
+        sum(any(c == chunk for c, _ in visits) for visits in plan.visits) for chunk in (0, 1)
+    ]
     assert sorted(readers) == [1, 2]  # 35 rows each in groups of 64

@@ -115,8 +115,8 @@ __attribute__((noinline)) static void score_block(const float* query, const uint
       vfloat even[VECTORS], odd[VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
-        const Pair pair = T::split(load<vuint>(keys + (v / BLOCK_VECTORS) * block_stride +
-                                               (v % BLOCK_VECTORS) * LANES));
+        const Pair pair = T::split(
+            load<vuint>(keys + (v / BLOCK_VECTORS) * block_stride + (v % BLOCK_VECTORS) * LANES));
         even[v] = pair.even;
         odd[v] = pair.odd;
       }
@@ -136,8 +136,8 @@ __attribute__((noinline)) static void score_block(const float* query, const uint
       vfloat key[VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v)
-        key[v] = load<vfloat>(keys + (v / BLOCK_VECTORS) * block_stride +
-                              (v % BLOCK_VECTORS) * LANES);
+        key[v] =
+            load<vfloat>(keys + (v / BLOCK_VECTORS) * block_stride + (v % BLOCK_VECTORS) * LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r) {
         const vfloat q = splat(query[r * DIM_STRIDE]);
@@ -160,14 +160,13 @@ __attribute__((noinline)) static void score_block(const float* query, const uint
 // Half types come apart into even and odd dimensions; they are put in order at the very end.
 template <class T, int ROWS, int PAIRS>
 __attribute__((noinline)) static void value_block(const float* weights, int keys,
-                                                  const char* values, int64_t stride,
-                                                  int64_t ahead, float* out) {
+                                                  const char* values, int64_t stride, int64_t ahead,
+                                                  float* out) {
   vfloat acc[ROWS][2 * PAIRS];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < 2 * PAIRS; ++v)
-      acc[r][v] = load<vfloat>(out + r * DIM_STRIDE + v * LANES);
+    for (int v = 0; v < 2 * PAIRS; ++v) acc[r][v] = load<vfloat>(out + r * DIM_STRIDE + v * LANES);
   int k = 0;
   do {
 #pragma GCC unroll 4
@@ -401,7 +400,8 @@ struct Attention {
     const E* base = value_rows(at);
     const int64_t stride = args.keys_values.rows[at.segment].value_token_stride;
     if (padded_dim == heads.value_dim)
-      return {(const char*)base, stride * element, (const char*)value_rows(next) - (const char*)base};
+      return {(const char*)base, stride * element,
+              (const char*)value_rows(next) - (const char*)base};
     // Vectors would read past the row's end: copy into padded rows.
     E* copy = (E*)s.values;
     for (int k = 0; k < keys; ++k)

@@ -141,11 +141,10 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
     const double within = goal - head * a_head;
     int v = int(std::upper_bound(before.begin(), before.end(), within) - before.begin()) - 1;
     v = std::clamp(v, 0, plan.num_visits - 1);
-    const int group = int(std::upper_bound(plan.groups, plan.groups + plan.num_groups, v,
-                                           [](int visit, const RowGroup& g) {
-                                             return visit < g.visit_end;
-                                           }) -
-                          plan.groups);
+    const int group =
+        int(std::upper_bound(plan.groups, plan.groups + plan.num_groups, v,
+                             [](int visit, const RowGroup& g) { return visit < g.visit_end; }) -
+            plan.groups);
     const RowGroup& g = plan.groups[group];
     Cursor cut{head * plan.num_groups + group, v - g.visit_begin};
     const double slack = 0.1 * total / wanted;
@@ -160,7 +159,8 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
   cuts.push_back({pairs, 0});
 
   Schedule s;
-  for (size_t i = 0; i + 1 < cuts.size(); ++i) s.ranges.push_back({cuts[i], cuts[i + 1], nullptr, nullptr});
+  for (size_t i = 0; i + 1 < cuts.size(); ++i)
+    s.ranges.push_back({cuts[i], cuts[i + 1], nullptr, nullptr});
   for (size_t i = 1; i + 1 < cuts.size(); ++i)
     if (cuts[i].visit > 0 && (s.splits.empty() || s.splits.back().pair != cuts[i].pair))
       s.splits.push_back({cuts[i].pair, cuts[i].visit, 0, nullptr});
@@ -220,17 +220,18 @@ void attend(const AttendArgs& args, int32_t padded_queries, int threads, Workspa
 void append(const AppendArgs& args, int threads) {
   const Kernels& k = kernels();
   const int32_t tokens = args.plan->num_tokens;
-  const int64_t work = int64_t(tokens) * args.heads.kv_heads *
-                       (args.heads.head_dim + args.heads.value_dim);
+  const int64_t work =
+      int64_t(tokens) * args.heads.kv_heads * (args.heads.head_dim + args.heads.value_dim);
   const int pieces = work < 65536 ? 1 : std::min(threads, tokens);
   parallel(threads, pieces, [&](int, int i) {
-    k.append(args, int32_t(int64_t(tokens) * i / pieces), int32_t(int64_t(tokens) * (i + 1) / pieces));
+    k.append(args, int32_t(int64_t(tokens) * i / pieces),
+             int32_t(int64_t(tokens) * (i + 1) / pieces));
   });
 }
 
 void commit(const CommitArgs& args, int threads) {
   const Kernels& k = kernels();
-  parallel(threads, args.layers.num_layers, [&](int, int layer) { k.commit(args, layer, layer + 1); });
+  parallel(threads, args.layers.num_layers, [&](int, int layer) { k.commit(args, layer); });
 }
 
 void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* source_pages,

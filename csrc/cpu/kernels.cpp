@@ -28,11 +28,11 @@ void append_any(const hogwild::cpu::AppendArgs& a, int32_t begin, int32_t end) {
   }
 }
 
-void commit_any(const hogwild::cpu::CommitArgs& a, int32_t begin, int32_t end) {
+void commit_any(const hogwild::cpu::CommitArgs& a, int32_t layer) {
   switch (a.heads.dtype) {
-    case DType::Float32: return commit<Float32>(a, begin, end);
-    case DType::Float16: return commit<Float16>(a, begin, end);
-    case DType::BFloat16: return commit<BFloat16>(a, begin, end);
+    case DType::Float32: return commit<Float32>(a, layer);
+    case DType::Float16: return commit<Float16>(a, layer);
+    case DType::BFloat16: return commit<BFloat16>(a, layer);
   }
 }
 
@@ -54,8 +54,13 @@ namespace hogwild::cpu {
 #define HOGWILD_STRING(a) HOGWILD_STRING_(a)
 
 extern const Kernels HOGWILD_CONCAT(kernels_, HOGWILD_ISA) = {
-    HOGWILD_STRING(HOGWILD_ISA), sizeof(Scratch), fill_angles, attend_any, append_any,
-    commit_any,                  read_any,
+    HOGWILD_STRING(HOGWILD_ISA),
+    sizeof(Scratch),
+    fill_angles,
+    attend_any,
+    append_any,
+    commit_any,
+    read_any,
 };
 
 }  // namespace hogwild::cpu

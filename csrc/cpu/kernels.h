@@ -86,7 +86,7 @@ struct Kernels {
                       float* angles);
   void (*attend)(const AttendArgs& args, const WorkRange& range, void* scratch);
   void (*append)(const AppendArgs& args, int32_t token_begin, int32_t token_end);
-  void (*commit)(const CommitArgs& args, int32_t layer_begin, int32_t layer_end);
+  void (*commit)(const CommitArgs& args, int32_t layer);
   void (*read)(const ReadArgs& args);
 };
 

@@ -44,8 +44,8 @@ HOGWILD_INLINE int64_t value_base(const Heads& heads, int page, int head) {
 
 // Rotates x [dim] in place: pair (a, b) -> (a cos - b sin, a sin + b cos), times scale. The
 // dimensions past 2 * half stay as they are.
-HOGWILD_INLINE void rotate(float* x, const float* cos, const float* sin, int half,
-                           bool interleaved, float scale) {
+HOGWILD_INLINE void rotate(float* x, const float* cos, const float* sin, int half, bool interleaved,
+                           float scale) {
   if (interleaved) {
     for (int j = 0; j < half; ++j) {
       const float a = x[2 * j], b = x[2 * j + 1];
@@ -83,8 +83,8 @@ static void append(const hogwild::cpu::AppendArgs& a, int32_t begin, int32_t end
 
       const E* value =
           (const E*)a.values.data + t * a.values.token_stride + h * a.values.head_stride;
-      E* stored = (E*)a.value_pages + value_base(heads, page, h) +
-                  row * hogwild::cpu::padded_value_dim(Dv);
+      E* stored =
+          (E*)a.value_pages + value_base(heads, page, h) + row * hogwild::cpu::padded_value_dim(Dv);
       __builtin_memcpy(stored, value, Dv * sizeof(E));
     }
   }
@@ -93,29 +93,27 @@ static void append(const hogwild::cpu::AppendArgs& a, int32_t begin, int32_t end
 // ---- commit -------------------------------------------------------------------------------
 
 template <class T>
-static void commit(const hogwild::cpu::CommitArgs& a, int32_t layer_begin, int32_t layer_end) {
+static void commit(const hogwild::cpu::CommitArgs& a, int32_t layer) {
   typedef typename T::element E;
   const Heads& heads = a.heads;
   const int D = heads.head_dim, half = a.half_rotary;
   const int64_t value_row = hogwild::cpu::padded_value_dim(heads.value_dim);
   const float *cos = a.angles, *sin = a.angles + half;
   float x[hogwild::MAX_DIM];
-  for (int32_t layer = layer_begin; layer < layer_end; ++layer) {
-    E* key_pages = (E*)a.layers.key_pages[layer];
-    E* value_pages = (E*)a.layers.value_pages[layer];
-    for (int32_t i = 0; i < a.length; ++i) {
-      const int to = a.target_length + i;
-      const int source = a.source_pages[i / TILE], target = a.target_pages[to / TILE];
-      for (int h = 0; h < heads.kv_heads; ++h) {
-        const E* from_tile = key_pages + key_base(heads, source, h);
-        E* to_tile = key_pages + key_base(heads, target, h);
-        for (int d = 0; d < D; ++d) x[d] = T::widen(from_tile[key_index<T>(i % TILE, d, D)]);
-        rotate(x, cos, sin, half, a.interleaved, 1.f);
-        for (int d = 0; d < D; ++d) to_tile[key_index<T>(to % TILE, d, D)] = T::narrow(x[d]);
-        __builtin_memcpy(value_pages + value_base(heads, target, h) + (to % TILE) * value_row,
-                         value_pages + value_base(heads, source, h) + (i % TILE) * value_row,
-                         heads.value_dim * sizeof(E));
-      }
+  E* key_pages = (E*)a.layers.key_pages[layer];
+  E* value_pages = (E*)a.layers.value_pages[layer];
+  for (int32_t i = 0; i < a.length; ++i) {
+    const int to = a.target_length + i;
+    const int source = a.source_pages[i / TILE], target = a.target_pages[to / TILE];
+    for (int h = 0; h < heads.kv_heads; ++h) {
+      const E* from_tile = key_pages + key_base(heads, source, h);
+      E* to_tile = key_pages + key_base(heads, target, h);
+      for (int d = 0; d < D; ++d) x[d] = T::widen(from_tile[key_index<T>(i % TILE, d, D)]);
+      rotate(x, cos, sin, half, a.interleaved, 1.f);
+      for (int d = 0; d < D; ++d) to_tile[key_index<T>(to % TILE, d, D)] = T::narrow(x[d]);
+      __builtin_memcpy(value_pages + value_base(heads, target, h) + (to % TILE) * value_row,
+                       value_pages + value_base(heads, source, h) + (i % TILE) * value_row,
+                       heads.value_dim * sizeof(E));
     }
   }
 }

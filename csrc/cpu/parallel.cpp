@@ -101,8 +101,8 @@ void parallel(int threads, int items, const std::function<void(int, int)>& work)
   Job job{work, std::min(threads, items), items};
   if (job.threads <= 1) return job.draw();
   if (GompParallel gomp_parallel = openmp()) {
-    gomp_parallel([](void* data) { static_cast<Job*>(data)->draw(); }, &job,
-                  unsigned(job.threads), 0);
+    gomp_parallel([](void* data) { static_cast<Job*>(data)->draw(); }, &job, unsigned(job.threads),
+                  0);
   } else {
     static SleepingPool* pool = new SleepingPool;  // never destroyed: its threads never return
     pool->run(job);

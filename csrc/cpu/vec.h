@@ -241,10 +241,13 @@ struct Float16 {
     return (vfloat)((vuint)scaled | special | ((h & 0x8000u) << 16));
 #endif
   }
-  static HOGWILD_INLINE Pair split(vuint raw) { return {from_low(raw & 0xffffu), from_low(raw >> 16)}; }
+  static HOGWILD_INLINE Pair split(vuint raw) {
+    return {from_low(raw & 0xffffu), from_low(raw >> 16)};
+  }
   static HOGWILD_INLINE float widen(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16;
-    if ((h & 0x7c00) == 0x7c00) return bits_to_float(sign | 0x7f800000u | uint32_t(h & 0x3ff) << 13);
+    if ((h & 0x7c00) == 0x7c00)
+      return bits_to_float(sign | 0x7f800000u | uint32_t(h & 0x3ff) << 13);
     const float scaled = bits_to_float(uint32_t(h & 0x7fff) << 13) * 5.192296858534828e33f;
     return bits_to_float(sign | float_to_bits(scaled));
   }

@@ -1,0 +1,171 @@
+"""Every word that the engine says to the model: what the workers are told, and the page's headings.
+
+The page is one text. Wherever a worker stands in it, it must be able to tell who wrote what, what
+is finished and what is still being written. So every paragraph begins with its writer's heading,
+and two short headings separate the history, the others' paragraphs and one's own:
+
+    prompt             instructions, the problem, and the heading of the history
+    history            **Alice [1]:** ... finished. **Bob [1]:** ... finished.
+    others_heading
+    another's live     **Bob [2]:** words so f
+    unfinished         marks that it breaks off here
+    own_heading
+    one's own live     **Alice [2]:** the words that come
+
+A heading belongs to the paragraph that it opens, and moves into the history with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts. `{names}`, `{first}`, `{count}` and `{problem}` are filled in where they occur in
+    `system`, `alone` and `user`; `{name}` and `{number}` in `heading`. Other braces stay as they
+    are, so that LaTeX needs no escapes.
+
+    Headings must not end in a space: most tokenizers put the space before a word into the word.
+    """
+
+    system: str  # for several workers
+    alone: str  # instead of `system`, where there is only one
+    user: str
+    history_heading: str  # opens the answer: the finished paragraphs follow
+    heading: str  # opens every paragraph
+    others_heading: str
+    unfinished: str
+    own_heading: str
+    paragraph_break: str = "\n\n"  # written for a worker that stops in the middle of a paragraph
+    # What a line must not begin with, and what a paragraph must not begin with either: the first
+    # token of each is forbidden there. Small models would rather go on with a list of headings.
+    not_in_front: tuple[str, ...] = ()
+    not_first: tuple[str, ...] = ("\n", "\n\n", "\n\n\n")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            text = getattr(self, field.name)
+            if field.name.startswith("not_"):
+                continue
+            if not isinstance(text, str):
+                raise TypeError(f"{field.name}: expected a string, got {checks.describe(text)}")
+        for name in ("user", "heading", "paragraph_break"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected some text, got none")
+        if "{problem}" not in self.user:
+            raise ValueError(f"user: expected {{problem}} in it, got {self.user!r}")
+
+    def paragraph(self, name: str, number: int) -> str:
+        """The heading of a worker's paragraph; numbers count from 1."""
+        return _filled(self.heading, name=name, number=str(number))
+
+    def opening(self, tokenizer: Any, names: Sequence[str], problem: str) -> str:
+        """All that stands before the history, in the chat format of `tokenizer`.
+
+        A tokenizer without a chat template gets plain paragraphs.
+        """
+        instructions = _filled(
+            self.system if len(names) > 1 else self.alone,
+            names=_listed(names),
+            first=names[0],
+            count=str(len(names)),
+        )
+        request = _filled(self.user, problem=problem)
+        return _in_chat_format(tokenizer, instructions, request) + self.history_heading
+
+
+def _filled(text: str, **values: str) -> str:
+    """Puts in all values at once, so that braces within a value mean nothing."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda found: values[found[1]], text)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Alice; Alice and Bob; Alice, Bob and Carol."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _in_chat_format(tokenizer: Any, instructions: str, request: str) -> str:
+    """Instructions and request, up to where the answer begins."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n\n".join(part for part in (instructions, request, "") if part or part is request)
+    user = {"role": "user", "content": request}
+    if not instructions:
+        return _rendered(tokenizer, [user])
+    import jinja2  # what chat templates are rendered with
+
+    try:
+        return _rendered(tokenizer, [{"role": "system", "content": instructions}, user])
+    except jinja2.TemplateError:  # some templates refuse a system message
+        merged = {"role": "user", "content": f"{instructions}\n\n{request}"}
+        return _rendered(tokenizer, [merged])
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+REASONING = Prompts(
+    system="""\
+{names} solve a problem together. They are {count} copies of you, and they write at the same time, \
+all on one page. Whatever one of them writes, the others can read at once, word for word, even in \
+the middle of a sentence.
+
+How to read the page:
+- First come the finished paragraphs of all of them, in the order in which they were finished. \
+Each opens with the name of its writer and a number, as in "**{first} [2]:**".
+- Then come the paragraphs that the others are writing at this very moment. They break off, \
+because more words are on their way.
+- At the end stands your own paragraph. The name that opens it is yours. You only ever continue \
+this paragraph; the others write theirs.
+
+How to work together:
+- Read what the others write, all the time, and let it change what you do. When somebody has found \
+a result that you need, use it. When somebody has made a mistake, say so and say where.
+- Share out the work early. Propose who takes which part, or take a part that nobody has. There is \
+no leader: if two proposals clash, the one that was finished first counts.
+- Never do what another is already doing, unless you mean to check it in another way. If you notice it, \
+stop at once, say so in a word, and turn to something useful.
+- Keep paragraphs short: one thought, one result. A paragraph joins the finished ones when you end \
+it with a full stop and an empty line.
+- Speak to the others by name. Do not write in their names.
+
+As soon as the solution is certain, whoever is first writes the final answer in \\boxed{}; this \
+ends the work for all.""",
+    alone="Reason step by step. Once the solution is certain, write the final answer in \\boxed{}.",
+    user="{problem}",
+    history_heading="## Finished paragraphs\n\n",
+    heading="**{name} [{number}]:**",
+    others_heading="## The others are writing this right now\n\n",
+    unfinished=" ... (still writing)\n\n",
+    own_heading="## Your own paragraph: go on from here\n\n",
+)
+
+# For models of up to about a billion parameters, which follow an example of the form better than
+# a description, and for which every instruction is one more thing to repeat.
+SHORT = Prompts(
+    system=(
+        "{names} work on this together and write at the same time. Each of them "
+        "reads what the others write and adds something new in short paragraphs."
+    ),
+    alone="Answer in short paragraphs.",
+    user="{problem}",
+    history_heading="",
+    heading="**{name} [{number}]:**",
+    others_heading="",
+    unfinished=" ...\n\n",
+    own_heading="",
+)
+
+SMALL_MODEL_PARAMETERS = 1_500_000_000
+
+
+def prompts_for(num_parameters: int) -> Prompts:
+    """The texts that suit a model of this size."""
+    return SHORT if num_parameters < SMALL_MODEL_PARAMETERS else REASONING
