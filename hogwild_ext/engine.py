@@ -14,7 +14,6 @@ just these positions, so it changes nothing of what anyone reads.
 from __future__ import annotations
 
 import copy
-import re
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -156,7 +155,8 @@ class Hogwild:
         prompts: the words said to the model. None: those that suit its size.
         final_answer: called with a worker's paragraph so far whenever it grows; what it returns,
             unless None, is the final answer and ends the run. By default `boxed_answer`.
-        paragraph_ends: called with a worker's paragraph so far; whether it is finished.
+        paragraph_ends: called with a worker's paragraph so far; whether it is finished. By
+            default `prompts.ends_paragraph`.
 
     Raises TypeError and ValueError for a bad argument, by its name.
     """
@@ -203,7 +203,7 @@ class Hogwild:
             raise TypeError(f"prompts: expected Prompts, got {checks.describe(prompts)}")
         self.prompts = prompts
         self.final_answer = _callable("final_answer", final_answer, boxed_answer)
-        self.paragraph_ends = _callable("paragraph_ends", paragraph_ends, ends_paragraph)
+        self.paragraph_ends = _callable("paragraph_ends", paragraph_ends, prompts.ends_paragraph)
 
     def run(self, problem: str, max_steps: int = 2048) -> Result:
         """Works on the problem until a final answer, the end of all workers, `max_steps` forward
@@ -265,18 +265,7 @@ def _ends_of_sequence(config: GenerationConfig, tokenizer: Any) -> frozenset[int
     return frozenset({*ends, getattr(tokenizer, "eos_token_id", None)} - {None})
 
 
-# ---- what ends a paragraph, and a run ------------------------------------------------------------
-
-_PARAGRAPH_END = re.compile(
-    r"[.!?\u2026\u3002\uff01\uff1f]"  # a sentence ends (the last three: CJK)
-    r"[\"'\u2019\u201d)\]*_`]*"  # within quotes, brackets or emphasis
-    r"[ \t]*\n\s*\n\s*\Z"  # and an empty line follows
-)
-
-
-def ends_paragraph(text: str) -> bool:
-    """Whether the text ends with a finished sentence and an empty line."""
-    return text.endswith("\n") and _PARAGRAPH_END.search(text, max(0, len(text) - 64)) is not None
+# ---- the final answer ----------------------------------------------------------------------------
 
 
 def boxed_answer(text: str) -> str | None:
@@ -551,13 +540,8 @@ class Run:
             )
             for index, name in enumerate(names)
         ]
-        in_front = [
-            text.replace("{name}", name)
-            for text in team.prompts.not_in_front
-            for name in team.names
-        ]
-        self._not_in_front = self._first_tokens(in_front)
-        self._not_first = self._first_tokens([*in_front, *team.prompts.not_first])
+        first = [self._encode(text) for text in team.prompts.forbidden_first(names)]
+        self._not_first = sorted({tokens[0] for tokens in first if tokens})
         self._events = self._play()
 
     def __iter__(self) -> Iterator[Event]:
@@ -648,9 +632,6 @@ class Run:
         tokens: list[int] = self._team.tokenizer.encode(text, add_special_tokens=False)
         return tokens
 
-    def _first_tokens(self, texts: Sequence[str]) -> list[int]:
-        return sorted({tokens[0] for text in texts if (tokens := self._encode(text))})
-
     # ---- what a step brings -----------------------------------------------------------------
 
     def _opening_rows(self) -> list[_Row]:
@@ -704,7 +685,7 @@ class Run:
 
     def _open_paragraph(self, worker: _Worker) -> None:
         number = len(worker.paragraphs) + 1
-        heading = self._team.prompts.paragraph(worker.name, number)
+        heading = self._team.prompts.paragraph_heading(worker.name, number)
         worker.paragraphs.append(_Paragraph(number, heading))
         worker.pending = self._encode(heading)
         worker.decoder = TextDecoder(self._team.tokenizer, worker.pending)
@@ -766,12 +747,12 @@ class Run:
         return events
 
     def _choose(self, worker: _Worker, logits: torch.Tensor) -> int:
-        text = worker.paragraphs[-1].text
+        """A token for the worker; `logits` are its [vocab]."""
         forbidden: Sequence[int] = ()
-        if text == "":
+        if worker.paragraphs[-1].text == "":
             forbidden = self._not_first
-        elif text.endswith("\n"):
-            forbidden = self._not_in_front
+            if not worker.tokens:  # nobody ends without having written anything
+                forbidden = [*forbidden, *self._team.ends_of_sequence]
         return self._team.sampler(logits, worker.tokens, worker.generator, forbidden)
 
     def _commit(self) -> list[Event]:

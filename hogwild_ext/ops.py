@@ -133,7 +133,7 @@ def concurrent_attention(
 
 def _check_segments(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[list[tuple[int, int, int, int, int, int]], np.ndarray, int, int]:
+) -> tuple[list[tuple[int, ...]], np.ndarray, int, int]:
     """(addresses and strides, lengths, kv_heads, value_dim) of the segments."""
     checks.is_sequence("keys", keys, f"tensors {_KEYS}, one a segment")
     checks.is_sequence("values", values, f"tensors {_VALUES}, one a segment")
@@ -162,7 +162,8 @@ def _check_segments(
                 checks.has_no_grad(full, tensor)
     kv_heads, value_dim = keys[0].shape[1], values[0].shape[2]
     checks.is_head_dim("values[0]", value_dim)
-    segments, lengths = [], []
+    segments: list[tuple[int, ...]] = []
+    lengths: list[int] = []
     for s, (key, value) in enumerate(zip(keys, values, strict=True)):
         length = key.shape[0]
         if key.shape[1:] != (kv_heads, head_dim):

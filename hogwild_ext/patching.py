@@ -40,7 +40,6 @@ from .model_support import (
     rotary_module,
     underlying_model,
 )
-
 from .step import Step
 
 ATTENTION_NAME = "hogwild_ext"

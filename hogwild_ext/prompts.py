@@ -25,13 +25,23 @@ from typing import Any
 from . import checks
 
 
+_SENTENCE_END = (
+    r"[.!?\u2026\u3002\uff01\uff1f]"  # the last three: CJK
+    r"[\"'\u2019\u201d)\]*_`]*"  # closing quotes, brackets, emphasis
+)
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """The texts. `{names}`, `{first}`, `{count}` and `{problem}` are filled in where they occur in
-    `system`, `alone` and `user`; `{name}` and `{number}` in `heading`. Other braces stay as they
-    are, so that LaTeX needs no escapes.
+    """The texts.
 
-    Headings must not end in a space: most tokenizers put the space before a word into the word.
+    `{names}`, `{first}`, `{count}` and `{problem}` are filled in where they occur in `system`,
+    `alone` and `user`; `{name}` and `{number}` in `heading`; `{name}` in
+    `not_first`, once for each worker. Other braces stay as they are: LaTeX needs no escapes.
+
+    Headings should not end in a space: most tokenizers put the space before a word into the word.
+
+    Raises TypeError and ValueError for a text that is missing or not a string, by its name.
     """
 
     system: str  # for several workers
@@ -43,41 +53,61 @@ class Prompts:
     unfinished: str
     own_heading: str
     paragraph_break: str = "\n\n"  # written for a worker that stops in the middle of a paragraph
-    # What a line must not begin with, and what a paragraph must not begin with either: the first
-    # token of each is forbidden there. Small models would rather go on with a list of headings.
-    not_in_front: tuple[str, ...] = ()
+
+    # A regular expression: what a finished paragraph ends with.
+    paragraph_end: str = _SENTENCE_END + r"[ \t]*\n\s*\n\s*"
+    # What no paragraph may begin with: the first token of each is forbidden there. Left to
+    # themselves, small models would rather go on with the list of headings.
     not_first: tuple[str, ...] = ("\n", "\n\n", "\n\n\n")
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            text = getattr(self, field.name)
-            if field.name.startswith("not_"):
-                continue
-            if not isinstance(text, str):
-                raise TypeError(f"{field.name}: expected a string, got {checks.describe(text)}")
-        for name in ("user", "heading", "paragraph_break"):
+            value = getattr(self, field.name)
+            is_list = field.name == "not_first"
+            texts = value if is_list else (value,)
+            if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+                expected = "a tuple of strings" if is_list else "a string"
+                raise TypeError(f"{field.name}: expected {expected}, got {checks.describe(value)}")
+        try:
+            re.compile(self.paragraph_end)
+        except re.error as error:
+            raise ValueError(
+                f"paragraph_end: expected a regular expression, got {self.paragraph_end!r}: {error}"
+            ) from None
+        for name in ("heading", "paragraph_break", "paragraph_end"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected some text, got none")
         if "{problem}" not in self.user:
             raise ValueError(f"user: expected {{problem}} in it, got {self.user!r}")
-
-    def paragraph(self, name: str, number: int) -> str:
-        """The heading of a worker's paragraph; numbers count from 1."""
-        return _filled(self.heading, name=name, number=str(number))
 
     def opening(self, tokenizer: Any, names: Sequence[str], problem: str) -> str:
         """All that stands before the history, in the chat format of `tokenizer`.
 
         A tokenizer without a chat template gets plain paragraphs.
         """
-        instructions = _filled(
-            self.system if len(names) > 1 else self.alone,
-            names=_listed(names),
-            first=names[0],
-            count=str(len(names)),
+        values = {
+            "names": _listed(names),
+            "first": names[0],
+            "count": str(len(names)),
+            "problem": problem,
+        }
+        system = _filled(self.system if len(names) > 1 else self.alone, **values)
+        request = _filled(self.user, **values)
+        return _in_chat_format(tokenizer, system, request) + self.history_heading
+
+    def paragraph_heading(self, name: str, number: int) -> str:
+        """The heading of a worker's paragraph; numbers count from 1."""
+        return _filled(self.heading, name=name, number=str(number))
+
+    def forbidden_first(self, names: Sequence[str]) -> list[str]:
+        """What no paragraph may begin with."""
+        return [_filled(text, name=name) for text in self.not_first for name in names]
+
+    def ends_paragraph(self, text: str) -> bool:
+        """Whether a paragraph that reads like this so far is finished."""
+        return text.endswith(("\n", "\r")) and bool(
+            re.search(f"(?:{self.paragraph_end})\\Z", text[-64:])
         )
-        request = _filled(self.user, problem=problem)
-        return _in_chat_format(tokenizer, instructions, request) + self.history_heading
 
 
 def _filled(text: str, **values: str) -> str:
@@ -130,8 +160,8 @@ How to work together:
 a result that you need, use it. When somebody has made a mistake, say so and say where.
 - Share out the work early. Propose who takes which part, or take a part that nobody has. There is \
 no leader: if two proposals clash, the one that was finished first counts.
-- Never do what another is already doing, unless you mean to check it in another way. If you notice it, \
-stop at once, say so in a word, and turn to something useful.
+- Never do what another is already doing, unless you mean to check it in another way. If you \
+notice it, stop at once, say so in a word, and turn to something useful.
 - Keep paragraphs short: one thought, one result. A paragraph joins the finished ones when you end \
 it with a full stop and an empty line.
 - Speak to the others by name. Do not write in their names.
@@ -147,20 +177,27 @@ ends the work for all.""",
     own_heading="## Your own paragraph: go on from here\n\n",
 )
 
-# For models of up to about a billion parameters, which follow an example of the form better than
-# a description, and for which every instruction is one more thing to repeat.
+# For models of up to about a billion parameters. They do not follow a description of the page; but
+# all of them know how a discussion reads, and this one is simply written by several at once.
 SHORT = Prompts(
-    system=(
-        "{names} work on this together and write at the same time. Each of them "
-        "reads what the others write and adds something new in short paragraphs."
+    system="You write discussions between experts.",
+    alone="You answer in short paragraphs.",
+    user=(
+        "{names} discuss this question: {problem}\n"
+        "Each of them makes practical suggestions, one in each paragraph, and builds on what the "
+        "others have said."
     ),
-    alone="Answer in short paragraphs.",
-    user="{problem}",
     history_heading="",
-    heading="**{name} [{number}]:**",
+    heading="{name}:",
     others_heading="",
-    unfinished=" ...\n\n",
+    unfinished="\n",
     own_heading="",
+    paragraph_break="\n",
+    paragraph_end=r"\S[ \t]*\n\s*",
+    not_first=(
+        *("\n", "\n\n", "\n\n\n", " \n", " "),
+        *("{name}", " {name}", '"', ' "', "*", " *", "[", " [", "-", " -"),
+    ),
 )
 
 SMALL_MODEL_PARAMETERS = 1_500_000_000
@@ -169,3 +206,12 @@ SMALL_MODEL_PARAMETERS = 1_500_000_000
 def prompts_for(num_parameters: int) -> Prompts:
     """The texts that suit a model of this size."""
     return SHORT if num_parameters < SMALL_MODEL_PARAMETERS else REASONING
+
+
+# What `hogwild run` works on if it is not told.
+EXAMPLE = (
+    "How many of the integers from 1 to 500 are divisible by exactly one of the numbers 3, 5 and 7?"
+)
+EXAMPLE_FOR_SMALL_MODELS = (
+    "How can a small town save energy? Think of homes, of traffic and of public buildings."
+)

@@ -6,6 +6,7 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -74,3 +75,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def default_model_folder() -> Path:
+    """SmolLM2, fetched if it is not in the user's cache yet."""
+    from hogwild_ext import default_model
+
+    try:
+        return default_model.ensure()
+    except (default_model.DefaultModelError, ImportError) as error:
+        pytest.skip(f"SmolLM2 is not here; `hogwild run` fetches it once (93 MB): {error}")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import transformers
-from eager import EagerSegment, EagerWorkers, exact_angles
-from models import random_tokens
 
 import hogwild_ext as hx
+from eager import EagerSegment, EagerWorkers, exact_angles
+from models import random_tokens
 
 PROMISED = 1e-4  # of any float32 model's logits, against the unpatched model
 ROUNDING = 2e-5  # of the tiny models' logits, against angles in float64

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from eager import exact_angles
-from models import ROPE, SPECIFIC, plain_logits, random_tokens, tiny_config, tiny_model
-from teams import PROMISED, ROUNDING, Both, assert_logits, play, random_split
 
 import hogwild_ext as hx
+from eager import exact_angles
 from hogwild_ext.model_support import FAMILIES, read_model
+from models import ROPE, SPECIFIC, plain_logits, random_tokens, tiny_config, tiny_model
+from teams import PROMISED, ROUNDING, Both, assert_logits, play, random_split
 
 LENGTH = 4096  # positions
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_out_matches, assert_same_bits, assert_same_masks
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
+import hogwild_ext as hx
+from compare import assert_out_matches, assert_same_bits, assert_same_masks
 from op_cases import (
     DTYPES,
     HIDDEN,
@@ -21,9 +23,6 @@ from op_cases import (
     layouts,
     random_case,
 )
-
-import hogwild_ext as hx
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,6 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hogwild_ext as hx
 from compare import (
     LIMITS,
     assert_close,
@@ -17,8 +21,7 @@ from compare import (
     assert_same_bits,
     relative_error,
 )
-from hypothesis import given
-from hypothesis import strategies as st
+from hogwild_ext._reference import reference_attention
 from op_cases import (
     DTYPES,
     HIDDEN,
@@ -31,9 +34,6 @@ from op_cases import (
     offsets_of_views,
     random_case,
 )
-
-import hogwild_ext as hx
-from hogwild_ext._reference import reference_attention
 
 # One thread gives the bits of any number of threads: test_op_bits.py.
 pytestmark = pytest.mark.usefixtures("one_thread")

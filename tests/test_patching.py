@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import VOCABULARY, plain_logits, random_tokens, tiny_model
 
 import hogwild_ext as hx
 from hogwild_ext import patching
+from models import VOCABULARY, plain_logits, random_tokens, tiny_model
 
 TOKENS = random_tokens(40, seed=1)
 SMALL = 2e-5
@@ -451,6 +451,7 @@ PLACES: dict[str, Callable[[Any, int], torch.nn.Module]] = {
     "last norm": lambda model, _: model.model.norm,
     "head": lambda model, _: model.lm_head,
 }
+IN_EVERY_LAYER = ("layer", "key projection", "after attention", "mlp")
 
 
 @pytest.mark.parametrize("error", [Injected, KeyboardInterrupt, MemoryError])
@@ -603,14 +604,14 @@ def test_a_cache_that_does_not_fit_the_model(
 
 
 def test_not_a_cache(model: transformers.PreTrainedModel) -> None:
-    with pytest.raises(TypeError, match="^cache: expected a SegmentCache, got dict"):
+    with pytest.raises(TypeError, match=r"^cache: expected a SegmentCache, got dict"):
         hx.forward(model, {}, [[]], [[1]])
-    with pytest.raises(TypeError, match="^model: expected a transformers model"):
+    with pytest.raises(TypeError, match=r"^model: expected a transformers model"):
         hx.forward("model", new_cache(model), [[]], [[1]])
 
 
 def test_our_attention_outside_of_a_step(model: transformers.PreTrainedModel) -> None:
     hx.patch(model)
     model.set_attn_implementation(patching.ATTENTION_NAME)
-    with pytest.raises(RuntimeError, match="expected to be called by hogwild_ext.forward only"):
+    with pytest.raises(RuntimeError, match=r"expected to be called by hogwild_ext\.forward only"):
         plain_logits(model, TOKENS)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import plain_logits
-from teams import PROMISED, Both, assert_logits, play
 
 import hogwild_ext as hx
 from hogwild_ext import default_model
+from models import plain_logits
+from teams import PROMISED, Both, assert_logits, play
 
 TEXT = Path(__file__).parent / "data" / "text.txt"
 
@@ -109,7 +109,7 @@ def test_greedy_loop_gives_the_tokens_of_generate(
         # min_new_tokens keeps generate from ending
         logits = logits.index_fill(1, torch.tensor(model.generation_config.eos_token_id), -math.inf)
         new = logits.argmax(dim=-1, keepdim=True)
-    written = [view[0].tokens[256:] + [int(token)] for view, token in zip(views, new, strict=True)]
+    written = [[*view[0].tokens[256:], int(token)] for view, token in zip(views, new, strict=True)]
     assert written == expected
 
 

@@ -1,7 +1,10 @@
 #include "backend.h"
 
+#if defined(HOGWILD_X86)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -17,6 +20,13 @@ namespace hogwild::cpu {
 
 namespace {
 
+#if defined(HOGWILD_X86)
+bool has_half_conversion() {  // not every compiler's __builtin_cpu_supports knows f16c
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool cpu_has(const Kernels* k) {
 #if defined(HOGWILD_X86)
   __builtin_cpu_init();
@@ -24,8 +34,7 @@ bool cpu_has(const Kernels* k) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (k == &kernels_avx2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_conversion();
 #endif
   return k == &kernels_baseline;
 }
