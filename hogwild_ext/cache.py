@@ -175,7 +175,10 @@ class SegmentCache:
         self.num_kv_heads = checks.is_integer("num_kv_heads", num_kv_heads, 1)
         self.head_dim = _head_dim("head_dim", head_dim)
         self.value_dim = self.head_dim if value_dim is None else _head_dim("value_dim", value_dim)
-        self.inv_freq = checks.is_inv_freq(inv_freq, self.head_dim)
+        self.inv_freq = checks.is_inv_freq(
+            inv_freq, self.head_dim
+        ).copy()  # the caller's may change
+        self.inv_freq.flags.writeable = False
         self.max_tokens = checks.is_integer("max_tokens", max_tokens, 1, 2**30)
         self.dtype = checks.is_storage_dtype("dtype", dtype)
         self.device = _device("device", device)

@@ -147,9 +147,9 @@ class Hogwild:
         generation_config: how to choose a token, in transformers' terms; None: the model's own.
             `do_sample` (greedy if it is unset or False), `temperature`, `top_k` (50 if unset, as
             in `generate`), `top_p`, `min_p`, `typical_p`, `repetition_penalty`,
-            `no_repeat_ngram_size`, `suppress_tokens` and `eos_token_id` are followed. Penalties
-            look at what the worker itself has written. Settings for other ways of decoding
-            (beams and the like) are refused.
+            `no_repeat_ngram_size`, `bad_words_ids`, `suppress_tokens` and `eos_token_id` are
+            followed. Penalties look at what the worker itself has written. Settings for other
+            ways of decoding (beams and the like) are refused.
         logits_processors: more processors of transformers, each called with the worker's own
             tokens [1, n] and its logits [1, vocab].
         prompts: the words said to the model. None: those that suit its size.
@@ -195,15 +195,23 @@ class Hogwild:
         self.seed = None if seed is None else checks.is_integer("seed", seed, 0, 2**63 - 1)
         if generation_config is None:
             generation_config = getattr(model, "generation_config", None) or GenerationConfig()
-        self.sampler = Sampler(generation_config, logits_processors)
-        self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
         if prompts is None:
             prompts = prompts_for(sum(weight.numel() for weight in model.parameters()))
         elif not isinstance(prompts, Prompts):
             raise TypeError(f"prompts: expected Prompts, got {checks.describe(prompts)}")
         self.prompts = prompts
+        never = (self.encode(text) for text in prompts.forbidden(self.names))
+        self.sampler = Sampler(
+            generation_config, logits_processors, [tokens for tokens in never if tokens]
+        )
+        self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
         self.final_answer = _callable("final_answer", final_answer, boxed_answer)
         self.paragraph_ends = _callable("paragraph_ends", paragraph_ends, prompts.ends_paragraph)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that goes on in the middle of the page."""
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens
 
     def run(self, problem: str, max_steps: int = 2048) -> Result:
         """Works on the problem until a final answer, the end of all workers, `max_steps` forward
@@ -273,8 +281,6 @@ def boxed_answer(text: str) -> str | None:
 
     Nothing, and mere dots, are not an answer: models quote the instruction to write one.
     """
-    if not text.endswith("}") and "}" not in text[-16:]:
-        return None  # called for every token: nothing can have been closed just now
     end = len(text)
     while (start := text.rfind("\\boxed{", 0, end)) >= 0:
         content = _within_braces(text, start + len("\\boxed{"))
@@ -316,6 +322,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 class Sampler:
     """Chooses the next token of one worker: transformers' processors, then a draw.
 
+    `more`: processors after those that `config` asks for. `never`: runs of tokens that are never
+    completed.
+
     Raises TypeError for what is not a GenerationConfig, ValueError for a setting that is not
     followed or out of its range.
     """
@@ -324,6 +333,7 @@ class Sampler:
         self,
         config: GenerationConfig,
         more: Sequence[Callable[..., torch.Tensor]] = (),
+        never: Sequence[list[int]] = (),
     ) -> None:
         if not isinstance(config, GenerationConfig):
             raise TypeError(
@@ -335,12 +345,12 @@ class Sampler:
                     f"generation_config: expected {name} not to be set, got {name}={value}"
                 )
         try:
-            self._build(config)
+            self._build(config, never)
         except ValueError as error:  # of a processor of transformers
             raise ValueError(f"generation_config: {error}") from None
         self._processors += list(more)
 
-    def _build(self, config: GenerationConfig) -> None:
+    def _build(self, config: GenerationConfig, never: Sequence[list[int]]) -> None:
         # Those that look at tokens, over the whole vocabulary.
         self._processors: list[Callable[..., torch.Tensor]] = []
         if config.repetition_penalty not in (None, 1.0):
@@ -351,6 +361,8 @@ class Sampler:
             self._processors.append(
                 processors.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
             )
+        if bad_words := [*(config.bad_words_ids or ()), *never]:
+            self._processors.append(processors.NoBadWordsLogitsProcessor(bad_words))
         if config.suppress_tokens:
             self._processors.append(
                 processors.SuppressTokensLogitsProcessor(config.suppress_tokens)
@@ -540,7 +552,7 @@ class Run:
             )
             for index, name in enumerate(names)
         ]
-        first = [self._encode(text) for text in team.prompts.forbidden_first(names)]
+        first = [self._team.encode(text) for text in team.prompts.forbidden_first(names)]
         self._not_first = sorted({tokens[0] for tokens in first if tokens})
         self._events = self._play()
 
@@ -627,11 +639,6 @@ class Run:
         for worker in self._workers:
             worker.__dict__.pop("spare", None)
 
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a text that goes on in the middle of the page."""
-        tokens: list[int] = self._team.tokenizer.encode(text, add_special_tokens=False)
-        return tokens
-
     # ---- what a step brings -----------------------------------------------------------------
 
     def _opening_rows(self) -> list[_Row]:
@@ -645,7 +652,7 @@ class Run:
         }
         rows = []
         for view in team.layout.opening(page):
-            if tokens := self._encode(texts[view[-1]]):
+            if tokens := self._team.encode(texts[view[-1]]):
                 rows.append(_Row(view, tokens))
         for worker in self._workers:
             self._open_paragraph(worker)
@@ -687,7 +694,7 @@ class Run:
         number = len(worker.paragraphs) + 1
         heading = self._team.prompts.paragraph_heading(worker.name, number)
         worker.paragraphs.append(_Paragraph(number, heading))
-        worker.pending = self._encode(heading)
+        worker.pending = self._team.encode(heading)
         worker.decoder = TextDecoder(self._team.tokenizer, worker.pending)
         worker.opens = True
 
@@ -779,7 +786,7 @@ class Run:
             text = worker.decoder.flush()
             paragraph.text += text
             worker.closes = team.layout.commits and paragraph.text != ""
-            worker.pending = self._encode(team.prompts.paragraph_break)
+            worker.pending = self._team.encode(team.prompts.paragraph_break)
             return self._event("end", worker, token, text)
         worker.tokens.append(token)
         worker.pending = [token]

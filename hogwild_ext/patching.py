@@ -228,7 +228,7 @@ def forward(
     keep: int | Tensor = 0  # all of them
     if logits == "last":
         ends = [end - 1 for end in itertools.accumulate(query_lengths)]
-        keep = torch.tensor(ends, device=input_ids.device) if len(ends) > 1 else 1
+        keep = torch.tensor(ends, device=input_ids.device)
     with torch.inference_mode(), step, _in_charge(inner, step, cache.dtype):
         output = _eager_call(inner)(
             input_ids=input_ids,
@@ -292,7 +292,6 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in a step, with unrotated queries and keys.

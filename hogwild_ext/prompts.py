@@ -24,7 +24,6 @@ from typing import Any
 
 from . import checks
 
-
 _SENTENCE_END = (
     r"[.!?\u2026\u3002\uff01\uff1f]"  # the last three: CJK
     r"[\"'\u2019\u201d)\]*_`]*"  # closing quotes, brackets, emphasis
@@ -36,8 +35,8 @@ class Prompts:
     """The texts.
 
     `{names}`, `{first}`, `{count}` and `{problem}` are filled in where they occur in `system`,
-    `alone` and `user`; `{name}` and `{number}` in `heading`; `{name}` in
-    `not_first`, once for each worker. Other braces stay as they are: LaTeX needs no escapes.
+    `alone` and `user`; `{name}` and `{number}` in `heading`; `{name}` in `not_first` and `never`,
+    once for each worker. Other braces stay as they are: LaTeX needs no escapes.
 
     Headings should not end in a space: most tokenizers put the space before a word into the word.
 
@@ -59,11 +58,13 @@ class Prompts:
     # What no paragraph may begin with: the first token of each is forbidden there. Left to
     # themselves, small models would rather go on with the list of headings.
     not_first: tuple[str, ...] = ("\n", "\n\n", "\n\n\n")
+    # What nobody may write at all: the last token of each is forbidden behind the others of it.
+    never: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            is_list = field.name == "not_first"
+            is_list = field.name in ("not_first", "never")
             texts = value if is_list else (value,)
             if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
                 expected = "a tuple of strings" if is_list else "a string"
@@ -103,6 +104,10 @@ class Prompts:
         """What no paragraph may begin with."""
         return [_filled(text, name=name) for text in self.not_first for name in names]
 
+    def forbidden(self, names: Sequence[str]) -> list[str]:
+        """What nobody may write."""
+        return [_filled(text, name=name) for text in self.never for name in names]
+
     def ends_paragraph(self, text: str) -> bool:
         """Whether a paragraph that reads like this so far is finished."""
         return text.endswith(("\n", "\r")) and bool(
@@ -123,7 +128,7 @@ def _listed(names: Sequence[str]) -> str:
 def _in_chat_format(tokenizer: Any, instructions: str, request: str) -> str:
     """Instructions and request, up to where the answer begins."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return "\n\n".join(part for part in (instructions, request, "") if part or part is request)
+        return "".join(f"{part}\n\n" for part in (instructions, request) if part)
     user = {"role": "user", "content": request}
     if not instructions:
         return _rendered(tokenizer, [user])
@@ -198,6 +203,7 @@ SHORT = Prompts(
         *("\n", "\n\n", "\n\n\n", " \n", " "),
         *("{name}", " {name}", '"', ' "', "*", " *", "[", " [", "-", " -"),
     ),
+    never=("{name}:", " {name}:"),
 )
 
 SMALL_MODEL_PARAMETERS = 1_500_000_000
@@ -213,5 +219,5 @@ EXAMPLE = (
     "How many of the integers from 1 to 500 are divisible by exactly one of the numbers 3, 5 and 7?"
 )
 EXAMPLE_FOR_SMALL_MODELS = (
-    "How can a small town save energy? Think of homes, of traffic and of public buildings."
+    "How can a small town save energy? Give ideas for homes, for traffic and for public buildings."
 )

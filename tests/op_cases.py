@@ -231,7 +231,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         dim=dim,
         value_dim=value_dim,
         rotary_dim=2 * half_rotary,
-        rope_base=draw(st.sampled_from([2.0, 10000.0, 500000.0])),
+        rope_base=draw(st.sampled_from([0.25, 2.0, 10000.0, 500000.0])),
         interleaved=draw(st.booleans()),
         rope_scale=draw(st.just(1.0) | st.floats(0.5, 1.5)),
         softcap=draw(st.just(0.0) | st.floats(0.25, 50.0)),

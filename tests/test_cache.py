@@ -13,12 +13,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from compare import LIMITS, assert_close, assert_out_matches, assert_same_bits
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import hogwild_ext as hx
+from compare import LIMITS, assert_close, assert_out_matches, assert_same_bits
 from hogwild_ext import _C
 from hogwild_ext._reference import reference_attention, reference_rotate
 from hogwild_ext.cache import OutOfPages, Segment, SegmentCache
@@ -257,6 +257,10 @@ def test_tokens_on_a_device_are_not_read_back(numbers: Numbers) -> None:
     with cache.step([[a], [b]], [2, 2], ids) as step:
         for layer in range(LAYERS):
             step.attend(layer, *numbers.of(layer, [[1, 2], [3, 4]]))
+    for segment in (a, b):  # and no longer the caller's, who may overwrite them
+        (piece,) = segment._log._pieces
+        assert isinstance(piece, torch.Tensor)
+        assert piece.untyped_storage()._cdata != ids.untyped_storage()._cdata
     fork = cache.fork(a)
     a.truncate(1)
     cache.commit(a, b)
@@ -458,6 +462,36 @@ def test_commit_moves_tokens_behind_others(numbers: Numbers, start: int, count: 
     append(cache, numbers, source, [7])
     assert_holds(source, numbers, [7])
     assert_consistent(cache)
+
+
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray, list])
+def test_frequencies_are_kept_apart_from_the_callers(
+    numbers: Numbers, kind: Callable[[np.ndarray], Any]
+) -> None:
+    theirs = kind(INV_FREQ.copy())
+    cache = make_cache(inv_freq=theirs)
+    for j in range(len(INV_FREQ)):
+        theirs[j] = 0.5
+    assert_holds(filled(cache, numbers, "a", some_ids(9)), numbers, some_ids(9))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inv_freq", [INV_FREQ, INV_FREQ[:0], np.repeat(INV_FREQ, 2)])
+def test_commit_rotates_like_the_reference(
+    numbers: Numbers, interleaved: bool, inv_freq: np.ndarray
+) -> None:
+    cache = make_cache(interleaved=interleaved, inv_freq=inv_freq)
+    target = filled(cache, numbers, "target", some_ids(65))
+    cache.commit(filled(cache, numbers, "source", some_ids(70, 65)), target)
+    for layer in range(LAYERS):
+        expected = reference_rotate(
+            numbers.key[layer][some_ids(135)],
+            inv_freq,
+            range(135),
+            rope_scale=ROPE_SCALE,
+            interleaved=interleaved,
+        )
+        assert_close(target.keys(layer), expected, relative=2e-6, name="keys")
 
 
 def test_rope_scale_is_applied_once_however_often_keys_move(numbers: Numbers) -> None:
@@ -1029,6 +1063,10 @@ def test_nothing_else_happens_while_a_step_is_open(numbers: Numbers, crowd: Any)
     with pytest.raises(RuntimeError, match=r"^step: .* over"), step:
         pass
     with pytest.raises(RuntimeError, match="changed"), inner:
+        pass
+    stale = cache.step([[a]], [1])
+    b.truncate(60)
+    with pytest.raises(RuntimeError, match="changed"), stale:
         pass
     step.abandon()
     assert len(a) == 72, "too late to abandon"

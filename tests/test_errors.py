@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import hogwild_ext as hx
 from models import tiny_model
@@ -44,8 +46,16 @@ def model() -> Any:
                       vocab_size=VOCAB)  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    words = {f"w{i}": i for i in range(VOCAB - 1)} | {"?": VOCAB - 1}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast)
+
+
 @pytest.fixture
-def world(model: Any) -> World:
+def world(model: Any, tokenizer: Any) -> World:
     torch.manual_seed(1)
     cache = hx.SegmentCache.for_model(model, max_tokens=512)
     prompt, own = cache.segment("prompt"), cache.segment("own")
@@ -61,6 +71,7 @@ def world(model: Any) -> World:
         "value": torch.randn(2, KV, D),
     }
     step_out = torch.randn(2, HEADS, D)
+    team = hx.Hogwild(model, tokenizer)
 
     def attend(**arguments: Any) -> None:
         with cache.step([[prompt, own]], [2]) as step:
@@ -102,6 +113,13 @@ def world(model: Any) -> World:
             "model": model, "cache": cache, "views": [[prompt, own]], "tokens": [[1, 2]],
             "logits": "last", "allow_beyond": False,
         },
+        "Hogwild": {
+            "model": model, "tokenizer": tokenizer, "workers": 2, "layout": "combined",
+            "max_tokens": 256, "seed": 1, "generation_config": None, "logits_processors": [],
+            "prompts": None, "final_answer": None, "paragraph_ends": None,
+        },
+        "Hogwild.run": {"problem": "w1 w2", "max_steps": 2},
+        "Hogwild.stream": {"problem": "w1 w2", "max_steps": 2},
     }  # fmt: skip
     functions: dict[str, Callable[..., Any]] = {
         "concurrent_attention": hx.concurrent_attention,
@@ -121,6 +139,9 @@ def world(model: Any) -> World:
         "patch": hx.patch,
         "unpatch": hx.unpatch,
         "forward": hx.forward,
+        "Hogwild": hx.Hogwild,
+        "Hogwild.run": team.run,
+        "Hogwild.stream": team.stream,
     }
 
     def snapshot() -> list[Any]:
@@ -361,6 +382,31 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "logits": [("type", None), ("type", 3), ("range", "first")],
         "allow_beyond": FLAG,
     },
+    "Hogwild": {
+        "model": [("type", None), ("type", torch.nn.Linear(2, 2))],
+        "tokenizer": [("type", None), ("type", "gpt2")],
+        "workers": [
+            *integer(1), ("range", 1025), ("type", [1, 2]), ("range", []), ("range", [""]),
+            ("range", ["Al", "Al"]), ("range", ["A\nl"]),
+        ],
+        "layout": [("type", None), ("type", 3), ("range", "circular")],
+        "max_tokens": integer(1, none=False),
+        "seed": [("type", 1.5), ("type", "1"), ("type", True), ("range", -1), ("range", 2**63)],
+        "generation_config": [
+            ("type", 3), ("type", {}), ("range", transformers.GenerationConfig(num_beams=4)),
+        ],
+        "logits_processors": [("type", 3), ("type", None), ("type", [3])],
+        "prompts": [("type", "You are"), ("type", 3)],
+        "final_answer": [("type", "yes"), ("type", 3)],
+        "paragraph_ends": [("type", "yes"), ("type", 3)],
+    },
+    **{
+        f"Hogwild.{method}": {
+            "problem": [("type", None), ("type", 3), ("range", ""), ("range", "  ")],
+            "max_steps": integer(1),
+        }
+        for method in ("run", "stream")
+    },
 }  # fmt: skip
 
 ROWS = [
@@ -420,5 +466,5 @@ def test_every_argument_of_every_function_has_rows(world: World) -> None:
         parameters = set(inspect.signature(target).parameters) - {"self"}
         assert parameters == set(arguments), function
     listed = {name for name in hx.__all__ if callable(getattr(hx, name))}
-    known = {"HIDDEN", "info", "Segment", "OutOfPages", "Hogwild"}  # no arguments, or tested apart
-    assert listed - known == {f for f in WRONG if "." not in f}
+    known = {"HIDDEN", "info", "Segment", "OutOfPages"}  # no arguments, or tested apart
+    assert listed - known == {function for function in WRONG if "." not in function}

