@@ -4,7 +4,7 @@ came, and returns the value in the form the code works with."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -203,3 +203,28 @@ def heads_divide(num_heads: int, kv_heads: int) -> None:
             f"query: expected a number of heads that is a multiple of the {kv_heads} key heads, "
             f"got {num_heads}"
         )
+
+
+def is_writable_apart(name: str, out: torch.Tensor, others: Iterable[tuple[str, Any]]) -> None:
+    """An output whose elements lie apart from each other and from the memory of other tensors."""
+    reach = 1  # how many elements the dimensions so far span
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(
+                f"{name}: expected elements that do not overlap, got strides {list(out.stride())}"
+            )
+        reach += stride * (size - 1)
+    first, last = _memory(out)
+    for other, tensor in others:
+        start, end = _memory(tensor)
+        if first < end and start < last:
+            raise ValueError(f"{name}: expected memory of its own, got memory shared with {other}")
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """The range of addresses that a tensor spans."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()

@@ -345,7 +345,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
         placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placed)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if options.debug:
             raise
         raise CommandError(f"--model: {_load_error(folder, error)}") from None
@@ -390,13 +390,17 @@ class _DownloadBar:
             bar = "#" * filled + "." * (30 - filled)
             print(f"\r  [{bar}] {amount} ", end="", file=sys.stderr, flush=True)
             self._open = True
+            if done >= total:
+                self.close()
         elif int(4 * part) > self._quarters:
             self._quarters = int(4 * part)
             _say(f"{amount}")
 
     def close(self) -> None:
+        """Ends the line."""
         if self._open:
             print(file=sys.stderr, flush=True)
+        self._open = False
 
 
 def _checked_model(name: str) -> str:
@@ -418,7 +422,7 @@ def _checked_model(name: str) -> str:
     return name
 
 
-def _load_error(name: str, error: OSError) -> str:
+def _load_error(name: str, error: Exception) -> str:
     first = str(error).strip().split("\n")[0]
     if Path(name).is_dir():
         return f"{name} cannot be loaded: {first}"

@@ -672,21 +672,23 @@ class Run:
     def _next_rows(self) -> list[_Row]:
         """What everybody brings next. Finished paragraphs are on their way into the history."""
         page, layout = self._page, self._team.layout
+        for worker in self._workers:
+            if worker.ended and not worker.closes and worker.index in page.writing:
+                page.writing.remove(worker.index)
+                if layout.commits:
+                    page.live[worker.index].truncate(0)  # a heading without a text
         closing = [worker for worker in self._workers if worker.closes]
         rows = [_Row(layout.view(page, worker.index), worker.pending) for worker in closing]
         for worker in closing:
             live = page.live[worker.index]
             page.finishing.append(live)
             page.live[worker.index], worker.spare = worker.spare, live
-        for worker in self._workers:
-            if worker.ended and worker.index in page.writing:
+            if worker.ended:
                 page.writing.remove(worker.index)
-                if layout.commits:
-                    page.live[worker.index].truncate(0)  # nothing, or a heading without a text
+            else:
+                self._open_paragraph(worker)
         for worker in self._workers:
             if not worker.ended:
-                if worker.closes:
-                    self._open_paragraph(worker)
                 rows.append(_Row(layout.view(page, worker.index), worker.pending, worker))
         return rows
 

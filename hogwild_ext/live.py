@@ -243,10 +243,11 @@ class LiveView:
         from rich.text import Text
 
         width, height = self._console.size
-        title = self._title(lines=2)
+        gap = [Text("")] if height >= 12 else []  # above and below the columns
+        title = self._title(lines=2 if height >= 16 else 1)
         title_lines = len(title.wrap(self._console, width))
-        # The title and an empty line above; an empty line, the status and the cursor's line below.
-        grid = arrange(len(self._columns), width, max(3, height - title_lines - 4))
+        # Two lines for the status and for the cursor behind it.
+        grid = arrange(len(self._columns), width, max(3, height - title_lines - 2 * len(gap) - 2))
         seconds = self._clock() - self._began
         tokens = sum(column.tokens for column in self._columns.values())
         facts = [
@@ -259,7 +260,7 @@ class LiveView:
         ]
         status = Text(" \u00b7 ".join(facts), style="dim")
         status.truncate(width, overflow="ellipsis")
-        return Group(title, Text(""), *self._bands(grid, grid.lines), Text(""), status)
+        return Group(title, *gap, *self._bands(grid, grid.lines), *gap, status)
 
     def _title(self, lines: int | None) -> Text:
         """The problem; cut to so many lines."""

@@ -182,15 +182,6 @@ def _check_segments(
     return segments, np.array(lengths, dtype=np.int32), kv_heads, value_dim
 
 
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """The range of addresses that a tensor spans."""
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
 def _check_out(
     out: Tensor, shape: tuple[int, ...], query: Tensor, segments: Sequence[Tensor]
 ) -> None:
@@ -202,15 +193,8 @@ def _check_out(
     if out.device != query.device:
         raise ValueError(f"out: expected the device of query, {query.device}, got {out.device}")
     checks.has_no_grad("out", out)
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"out: expected a tensor whose elements do not overlap, got strides {out.stride()}"
-        )
-    start, end = _memory(out)
-    for name, tensor in [("query", query), *(("keys and values", t) for t in segments)]:
-        other_start, other_end = _memory(tensor)
-        if start < other_end and other_start < end:
-            raise ValueError(f"out: expected memory of its own, got memory shared with {name}")
+    named = [("query", query), *(("keys and values", tensor) for tensor in segments)]
+    checks.is_writable_apart("out", out, named)
 
 
 def rotate(

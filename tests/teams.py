@@ -98,14 +98,16 @@ def play(
 ) -> None:
     """A random game of all that segments can do, each worker in its own order of the others.
 
-    `draw(n)` makes n token ids; random ones of the tiny models' vocabulary unless given.
+    Each kind of event comes at least once; `rounds` is 4 or more. `draw(n)` makes n token ids;
+    random ones of the tiny models' vocabulary unless given.
     """
     draw = draw or (lambda count: random_tokens(count, seed=rng.getrandbits(31)))
     prompt, history = team.segment("prompt"), team.segment("history")
     team.step([[prompt]], [draw(prompt_length)])
     workers = [team.segment(name) for name in ("alice", "bob", "carol")]
     shared = [prompt, history]  # what all begin with
-    for turn in range(rounds):
+    events = rng.sample(range(4), 4) + [rng.randrange(5) for _ in range(rounds - 4)]
+    for turn, event in enumerate(events):
         speakers = rng.sample(workers, rng.randint(1, len(workers)))
         views = []
         for worker in speakers:
@@ -114,7 +116,6 @@ def play(
             views.append([*shared, *others[: rng.randint(0, len(others))], worker])
         team.step(views, [draw(rng.choice((1, 1, 2, 17))) for _ in speakers])
 
-        event = rng.randrange(5)
         if event == 0:
             team.commit(rng.choice(workers), history)
         elif event == 1:

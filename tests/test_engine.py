@@ -166,19 +166,18 @@ class PlainPage:
             text = text + say("[own]\n")
         return text + live[name]
 
+    def is_finished(self, name: str) -> bool:
+        text = decode(self.said[name])
+        gap = text[len(text.rstrip()) :]
+        return text.rstrip().endswith((".", '!"')) and gap[-1:] == "\n" and gap.count("\n") > 1
+
     def next_pass(self) -> list[list[int]]:
         """What is seen in the next pass: by those who close a paragraph, then by the writers."""
         ended = [name for name in self.writing if self.last[name] == [EOS]]
+        # Who has ended under an empty heading is gone.
+        self.writing = [name for name in self.writing if self.said[name] or name not in ended]
         still = [name for name in self.writing if name not in ended]
-        closing = [
-            name
-            for name in self.writing
-            if self.said[name]
-            and (
-                name in ended
-                or (self.last[name] and decode(self.said[name]).endswith((".\n\n", '!"\n\n')))
-            )
-        ]
+        closing = [name for name in self.writing if name in ended or self.is_finished(name)]
         # As it stands when they read: the words of this pass are all there already.
         before = {
             name: self.live[name] + (say("\n\n") if name in ended else self.last[name])
@@ -251,11 +250,11 @@ def test_a_lone_worker_equals_the_plain_model(model: Any) -> None:
     plain = copy.deepcopy(model)
     counter = {"n": 0}
 
-    def every_fifth(text: str) -> bool:  # a random model seldom finishes a sentence
+    def every_third(text: str) -> bool:  # a random model seldom finishes a sentence
         counter["n"] += 1
-        return counter["n"] % 5 == 0
+        return counter["n"] % 3 == 0
 
-    alone = team(model, ["A"], paragraph_ends=every_fifth)
+    alone = team(model, ["A"], paragraph_ends=every_third)
     run = alone.stream("Say something.", 40)
     text = TOKENIZER.encode(PROMPTS.opening(TOKENIZER, ["A"], "Say something."))
     worst = commits = 0
@@ -269,7 +268,7 @@ def test_a_lone_worker_equals_the_plain_model(model: Any) -> None:
             assert event.token is not None
             worst = max(worst, float(logits.max() - logits[event.token]))
             text.append(event.token)
-    assert run.result().steps == 40 and commits >= 7
+    assert run.result().steps == 40 and commits >= 5
     assert worst < 1e-4
 
 

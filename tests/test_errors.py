@@ -21,6 +21,8 @@ import transformers
 import hogwild_ext as hx
 from models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, KV, HEADS, LAYERS, VOCAB = 16, 2, 4, 2, 97
 INV_FREQ = [1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]
 BEYOND_INT32 = 2**31
@@ -241,6 +243,7 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
             ("device", torch.zeros(2, 3, HEADS, D, device=meta)),
             ("range", torch.zeros(2, 3, HEADS, 2 * D)), ("range", wide),
             ("range", torch.zeros(1, 3, HEADS, D).expand(2, 3, HEADS, D)),
+            ("range", torch.zeros(999).as_strided((2, 3, HEADS, D), (400, D, D, 1))),
             ("memory", lambda w: w.arguments["concurrent_attention"]["query"]),
             ("grad", torch.zeros(2, 3, HEADS, D, requires_grad=True)),
         ],

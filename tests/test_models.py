@@ -220,7 +220,7 @@ def test_frequencies_are_those_that_the_model_uses() -> None:
     frequencies = model.model.rotary_emb.inv_freq
     assert frequencies.dtype == torch.bfloat16
     cache = hx.SegmentCache.for_model(model, max_tokens=64)
-    assert torch.equal(torch.as_tensor(cache.inv_freq), frequencies.float())
+    assert torch.equal(torch.tensor(cache.inv_freq), frequencies.float())
     hx.forward(model, cache, [[cache.segment("a")]], [[5, 6]])
 
 

@@ -537,7 +537,7 @@ BAD_TOKENS: dict[str, tuple[Any, type[Exception], str]] = {
     "a float": ([[7, 8.0], [9]], TypeError, r"tokens\[0\]\[1\]: expected an integer"),
     "a bool": ([[7, True], [9]], TypeError, r"tokens\[0\]\[1\]: expected an integer"),
     "negative": ([[7, 8], [-1]], ValueError, r"tokens\[1\]\[0\]: .* from 0 to 210, got -1"),
-    "too large": ([[7, 8], [211]], ValueError, r"tokens\[1\]\[0\]: .* from 0 to 210, got 211"),
+    "too large": ([[7, 211], [8]], ValueError, r"tokens\[0\]\[1\]: .* from 0 to 210, got 211"),
     "no new token": ([[7, 8], []], ValueError, r"tokens\[1\]: expected at least one new token"),
     "no worker": ([], ValueError, "tokens: expected at least one list"),
     "too few": ([[7, 8]], ValueError, "tokens: expected those of 2 workers.* got 1"),
