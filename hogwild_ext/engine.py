@@ -348,6 +348,13 @@ class Sampler:
             self._build(config, never)
         except ValueError as error:  # of a processor of transformers
             raise ValueError(f"generation_config: {error}") from None
+        checks.is_sequence("logits_processors", more, "logits processors")
+        for i, process in enumerate(more):
+            if not callable(process):
+                raise TypeError(
+                    f"logits_processors[{i}]: expected a logits processor, got "
+                    f"{checks.describe(process)}"
+                )
         self._processors += list(more)
 
     def _build(self, config: GenerationConfig, never: Sequence[list[int]]) -> None:

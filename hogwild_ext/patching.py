@@ -204,7 +204,7 @@ def forward(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        CacheFullError: no room for the tokens.
+        OutOfPages: no room for the tokens.
         Whatever the model raises. In every case the segments are as they were.
     """
     inner = underlying_model(model)
