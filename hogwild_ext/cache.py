@@ -359,6 +359,7 @@ class SegmentCache:
             lengths[segment] += size
         beyond = checks.is_bool("allow_beyond", allow_beyond)
         columns = {segment: s for s, segment in enumerate(order)}
+        view_lengths = []
         for w, view in enumerate(views):
             total = sum(lengths[segment] for segment in view)
             if self.max_position is not None and total > self.max_position and not beyond:
@@ -366,11 +367,12 @@ class SegmentCache:
                     f"views[{w}]: expected at most max_position={self.max_position} tokens, new "
                     f"ones included (or allow_beyond=True), got {total}"
                 )
+            view_lengths.append(total)
             distance = total - sizes[w]
             for segment in view:
                 offsets[w, columns[segment]] = distance
                 distance -= lengths[segment]
-        return Step(self, writers, order, sizes, ids, offsets)
+        return Step(self, writers, order, sizes, ids, offsets, view_lengths)
 
     def __repr__(self) -> str:
         return (

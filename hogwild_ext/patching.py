@@ -223,25 +223,30 @@ def forward(
         )
     step = cache.step(views, query_lengths, token_ids, allow_beyond=allow_beyond)
     if not allow_beyond:
-        _check_positions(inner, views, query_lengths)
+        _check_positions(inner, step)
 
     keep: int | Tensor = 0  # all of them
     if logits == "last":
         ends = [end - 1 for end in itertools.accumulate(query_lengths)]
         keep = torch.tensor(ends, device=input_ids.device)
-    with torch.inference_mode(), step, _in_charge(inner, step, cache.dtype):
-        output = _eager_call(inner)(
-            input_ids=input_ids,
-            # A mask of four dimensions is passed on as it is, and so none is made; our attention
-            # does not look at it. Nor does a step need positions, but the model would make some.
-            attention_mask=input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-            position_ids=torch.zeros_like(input_ids),
-            use_cache=False,
-            return_dict=True,
-            logits_to_keep=keep,
-            **({"output_router_logits": False} if _has_router(inner) else {}),
-        )
-        rows: Tensor = output.logits[0]
+    try:
+        with torch.inference_mode(), step, _in_charge(inner, step, cache.dtype):
+            output = _eager_call(inner)(
+                input_ids=input_ids,
+                # A mask of four dimensions is passed on as it is, and so none is made; our
+                # attention does not look at it. Nor does a step need positions, but the model
+                # would make some.
+                attention_mask=input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+                position_ids=torch.zeros_like(input_ids),
+                use_cache=False,
+                return_dict=True,
+                logits_to_keep=keep,
+                **({"output_router_logits": False} if _has_router(inner) else {}),
+            )
+            rows: Tensor = output.logits[0]
+    except BaseException:
+        step.abandon()  # in case that a Ctrl-C came just before the step's own cleaning up
+        raise
     return rows if logits == "last" else list(rows.split(query_lengths))
 
 
@@ -352,13 +357,9 @@ def _check_cache(model: PreTrainedModel, cache: Any) -> None:
         )
 
 
-def _check_positions(
-    model: PreTrainedModel, views: Sequence[Sequence[Segment]], query_lengths: list[int]
-) -> None:
-    """The views are known to be good."""
+def _check_positions(model: PreTrainedModel, step: Step) -> None:
     limit = model.config.max_position_embeddings
-    for w, (view, new) in enumerate(zip(views, query_lengths, strict=True)):
-        total = sum(len(segment) for segment in view) + new
+    for w, total in enumerate(step.view_lengths):
         if total > limit:
             raise ValueError(
                 f"views[{w}]: expected at most the model's {limit} positions, new tokens "

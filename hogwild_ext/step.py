@@ -29,7 +29,8 @@ class Step:
     once, and the segments grow. If anything is raised they stay as they were. Their lengths and
     tokens do not change before the step has ended well.
 
-    `query_lengths` are the workers' new tokens, `num_tokens` (T) their sum.
+    `query_lengths` are the workers' new tokens, `num_tokens` (T) their sum, and `view_lengths` the
+    tokens in each worker's view, everybody's new ones included.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Step:
         sizes: list[int],
         ids: Sequence[list[int] | torch.Tensor],
         offsets: Offsets,
+        view_lengths: list[int],
     ) -> None:
         self.query_lengths = tuple(sizes)
+        self.view_lengths = tuple(view_lengths)
         self.num_tokens = sum(sizes)
         self._cache = cache
         self._version = cache._version
