@@ -54,8 +54,11 @@ class CMakeBuild(build_ext):
         check_machine()
         choose_backends()
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        # Always from scratch: what CMake remembers of an earlier build points into pip's isolated
+        # environment of that time, which is gone.
         build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
 
         import pybind11
 
