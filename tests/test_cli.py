@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -45,9 +46,11 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
+    level = logging.getLogger("huggingface_hub").level
     verbosity = transformers.utils.logging.get_verbosity()
     yield
     transformers.utils.logging.set_verbosity(verbosity)
+    logging.getLogger("huggingface_hub").setLevel(level)
     transformers.utils.logging.enable_progress_bar()
 
 
@@ -194,7 +197,7 @@ def test_a_terminal_gets_columns(
         monkeypatch.setenv(variable, value)
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
         assert run(folder, "What?", *words) == 0
-        assert ESCAPE not in terminal.getvalue()
+        assert ESCAPE not in terminal.getvalue() and "Alice: " in terminal.getvalue()
 
 
 def test_ctrl_c_ends_cleanly_with_what_there_is(
@@ -442,6 +445,21 @@ def test_a_bug_is_called_by_its_name(
     assert error_of(capsys) == "KeyError: 'nothing' (--debug shows where)"
 
 
+def test_threads_sleep_while_they_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    hogwild()
+    assert "OMP_WAIT_POLICY" not in os.environ  # torch is there already, and would not look
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delitem(sys.modules, "torch")
+    hogwild()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    hogwild()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
 # ---- device and dtype ----------------------------------------------------------------------------
 
 
@@ -530,7 +548,7 @@ def test_finished_paragraphs_are_dim_and_the_newest_text_is_seen() -> None:
     view = live.LiveView(console, "p", ["Ann"], 9, clock=lambda: 0.0)
     for i in range(30):
         view.show(Event("token", i, "Ann", i + 1, 5, f"number {i}."))
-        view.show(Event("commit", i, "Ann", i + 1, None, f"number {i}."))
+        view.show(Event("commit", i, "Ann", i + 1, None, f"number {i}." + " and so on" * 8))
     view.show(Event("token", 31, "Ann", 31, 5, "still going"))
     console.print(view.frame())
     shown = out.getvalue()

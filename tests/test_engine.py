@@ -65,6 +65,11 @@ STOP = TOKENIZER.encode(".\n\n")[0]  # ends a paragraph
 A, B, C, Z = TOKENIZER.encode("abcz")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # these models are too small for two
+
+
 @pytest.fixture(scope="module")
 def model() -> transformers.PreTrainedModel:
     return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
@@ -213,7 +218,7 @@ def test_everybody_sees_the_page_token_by_token(
     events = list(run)
     prompt = PROMPTS.opening(TOKENIZER, names, "p")
     plain = PlainPage(names, prompt, lines)
-    assert len(script.passes) == run.result().steps > 3
+    assert len(script.passes) == run.result().steps >= 2
     for number, rows in enumerate(script.passes):
         shown = [tokens for tokens, _ in rows]
         expected = plain.next_pass()
@@ -711,6 +716,22 @@ def test_spaces_that_a_tokenizer_drops_at_the_beginning_are_kept() -> None:
     assert fast.decode([2, 3]) == "it is"
     decoder = TextDecoder(fast, [1])
     assert [decoder.add(2), decoder.add(3)] == [" it", " is"]
+
+
+def test_text_is_decoded_as_what_follows_its_heading(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Script(monkeypatch, {"A": [A, STOP, B]})
+    before = []
+
+    class Decoder(TextDecoder):
+        def __init__(self, tokenizer: Any, tokens: Sequence[int] = ()) -> None:
+            before.append(decode(tokens))
+            super().__init__(tokenizer, tokens)
+
+    monkeypatch.setattr(engine, "TextDecoder", Decoder)
+    team(model, ["A"]).run("p", 4)
+    assert [text for text in before if text] == ["#A1:", "#A2:"]
 
 
 @pytest.mark.parametrize(

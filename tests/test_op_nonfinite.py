@@ -153,15 +153,36 @@ def test_nan_passes_between_threads(dtype: torch.dtype, generator: torch.Generat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_in_the_future_of_all_rows(dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Tiles that lie wholly ahead of a worker are not read for it, though others see them."""
+@pytest.mark.parametrize("offset", [10, 61, 62, 70, 125, 130, 190])
+def test_nan_in_tiles_ahead(offset: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Tiles that lie wholly ahead of a worker are nothing to it, though others see them."""
     case = random_case(generator, dtype, [[0], [0]], [300], [2, 2])
-    case = replace(case, offsets=[[70], [298]])
+    case = replace(case, offsets=[[offset], [298]])
     out, _ = case.run()
+    ahead = ((offset + 1) // TILE + 1) * TILE
     keys, values = [case.keys[0].clone()], [case.values[0].clone()]
-    keys[0][128:], values[0][128:] = torch.nan, torch.nan
+    keys[0][ahead:], values[0][ahead:] = torch.nan, torch.nan
     bad, _ = replace(case, keys=keys, values=values).run()
     assert_same_bits(bad[0], out[0], "out of the worker that has not come so far")
+    assert bad[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [83, 84, 100, 147, 148, 200, 280])
+def test_nan_in_tiles_behind_the_window(
+    offset: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """And so are tiles that a worker's window has left behind."""
+    window = 20
+    case = random_case(generator, dtype, [[0], [0]], [300], [2, 2], window=window)
+    case = replace(case, offsets=[[offset], [20]])
+    out, _ = case.run()
+    behind = (offset - window + 1) // TILE * TILE
+    assert behind >= TILE
+    keys, values = [case.keys[0].clone()], [case.values[0].clone()]
+    keys[0][:behind], values[0][:behind] = torch.nan, torch.nan
+    bad, _ = replace(case, keys=keys, values=values).run()
+    assert_same_bits(bad[0], out[0], "out of the worker that has left them behind")
     assert bad[1].isnan().all()
 
 

@@ -260,6 +260,40 @@ def test_any_layout_of_any_magnitude(layout: Layout, powers: tuple[int, int, int
     assert ours <= max(2 * eager, LIMITS[layout.dtype].out), f"ours {ours:.3g}, eager {eager:.3g}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", [-8192.0, -512.0, 512.0, 8192.0])
+def test_all_scores_far_from_zero(
+    score: float, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Whatever stands in for an unseen key must stay below the lowest score, and no sum overflow.
+
+    Tile edges, a window, and rows that see one key only; scores a few units apart.
+    """
+    case = random_case(
+        generator, dtype, [[0, 1], [1, 0]], [130, 70], [3, 2], rotary_dim=0, window=100
+    )
+    loud = (abs(score) / 8) ** 0.5  # 64 dims, scale 1/8
+    sign = 1.0 if score > 0 else -1.0
+
+    def around(x: torch.Tensor, mean: float, step: float) -> torch.Tensor:
+        moved = torch.full_like(x, mean)
+        moved[..., 0] += (x[..., 0].float() * 2).round().clamp(-3, 3).to(x.dtype) * step
+        return moved
+
+    case = replace(
+        case,
+        query=torch.full_like(case.query, loud),
+        keys=[around(key, sign * loud, 8 / loud) for key in case.keys],
+        offsets=[[0, 63], [129, HIDDEN]],
+    )
+    out, lse = case.run()
+    expected, expected_lse = case.reference()
+    assert (expected_lse[expected_lse.isfinite()] * sign).min() > 0.9 * abs(score)
+    # The scores themselves are rounded, in float32: a unit in the last place of 8192 is 0.001.
+    assert_close(out, expected, relative=max(LIMITS[dtype].out, abs(score) * 1e-6))
+    assert_lse_matches(lse, expected_lse, torch.float32)
+
+
 # float16 near its end ----------------------------------------------------------------------------
 
 
