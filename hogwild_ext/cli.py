@@ -1,7 +1,7 @@
 """The command `hogwild`: `hogwild run` and `hogwild info`.
 
-Nothing heavy is imported before a command needs it. What a command produces goes to stdout, what
-it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C.
+The model libraries are imported when a command needs them. What a command produces goes to stdout,
+what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -48,10 +48,6 @@ class CommandError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    if "torch" not in sys.modules:
-        # Threads that have nothing to do then sleep instead of spinning. That costs a fifth of the
-        # speed on an idle machine; spinning costs nine tenths where others want the cores too.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     options = _parser().parse_args(argv)
     try:
         code: int = options.command(options)

@@ -445,21 +445,6 @@ def test_a_bug_is_called_by_its_name(
     assert error_of(capsys) == "KeyError: 'nothing' (--debug shows where)"
 
 
-def test_threads_sleep_while_they_wait(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    hogwild()
-    assert "OMP_WAIT_POLICY" not in os.environ  # torch is there already, and would not look
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.delitem(sys.modules, "torch")
-    hogwild()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    hogwild()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-
-
 # ---- device and dtype ----------------------------------------------------------------------------
 
 

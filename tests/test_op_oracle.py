@@ -102,7 +102,7 @@ def test_ugly_sizes(tokens: int, dtype: torch.dtype, generator: torch.Generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 8, 40])
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 8, 40, 71])
 def test_any_ratio_of_heads(group: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     case = random_case(
         generator, dtype, [[0, 1], [1, 0]], [70, 33], [2, 3], kv_heads=2, group=group, dim=128
@@ -162,6 +162,17 @@ def test_no_queries(generator: torch.Generator) -> None:
         out, lse = empty.run()
         assert out.shape == (*query.shape[:3], 96)
         assert lse.shape == query.shape[:3]
+
+
+def test_no_segments(generator: torch.Generator) -> None:
+    """Workers that have nothing to read yet: zeros and -inf, with Dv = D for want of values."""
+    query = torch.randn(3, 2, 4, 64, generator=generator)
+    offsets = torch.empty(3, 0, dtype=torch.int32)
+    out, lse = hx.concurrent_attention(
+        query, [], [], offsets, inv_freq=inverse_frequencies(64), return_lse=True
+    )
+    assert_same_bits(out, torch.zeros(3, 2, 4, 64), "out")
+    assert_same_bits(lse, torch.full((3, 2, 4), -torch.inf), "lse")
 
 
 # Data that is not standard normal: at most twice the error of the eager reference ----------------
