@@ -54,6 +54,16 @@ def _global_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Child processes look for modules in the folder they start in: not in the source tree, where
+    the package has no compiled module."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def _threads_restored() -> Iterator[None]:
     """A test may call torch.set_num_threads; the next one finds what this one found."""
