@@ -17,7 +17,6 @@ import transformers
 
 import hogwild_ext as hx
 from eager import exact_angles
-from hogwild_ext import default_model
 from models import plain_logits
 from teams import PROMISED, Both, assert_logits, play
 
@@ -26,11 +25,8 @@ TEXT = Path(__file__).parent / "data" / "text.txt"
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    try:
-        return default_model.ensure()
-    except (default_model.DefaultModelError, ImportError) as error:
-        pytest.skip(f"SmolLM2 is not here; `hogwild run` fetches it once (93 MB): {error}")
+def folder(default_model_folder: Path) -> Path:
+    return default_model_folder
 
 
 @pytest.fixture(scope="module")
