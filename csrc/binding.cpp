@@ -196,8 +196,6 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inv_freq"), py::arg("group"), py::arg("kv_heads"), py::arg("window") = 0,
            py::arg("key_start") = py::none(), py::arg("tile_pages") = py::none(),
            py::arg("slots") = py::none(), py::arg("packed") = false)
-      .def_property_readonly("num_tokens",
-                             [](const StepPlan& s) { return s.plan.view().num_tokens; })
       .def_property_readonly(
           "chunks",
           [](const StepPlan& s) {

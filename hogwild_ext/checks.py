@@ -90,7 +90,7 @@ def is_integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
     return number
 
 
-def is_number(name: str, value: Any, *, positive: bool = False, low: float | None = None) -> float:
+def is_number(name: str, value: Any, *, low: float | None = None) -> float:
     """A finite real number that float32 can hold."""
     if isinstance(value, (bool, np.bool_, str, bytes, complex)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
@@ -100,8 +100,6 @@ def is_number(name: str, value: Any, *, positive: bool = False, low: float | Non
         raise TypeError(f"{name}: expected a number, got {describe(value)}") from None
     if not abs(number) <= 3.4028234663852886e38:
         raise ValueError(f"{name}: expected a finite float32 number, got {number}")
-    if positive and not number > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {number}")
     if low is not None and not number >= low:
         raise ValueError(f"{name}: expected a number of at least {low}, got {number}")
     return number

@@ -26,7 +26,6 @@ using hogwild::cpu::WorkRange;
 // Row strides of the scratch arrays, off powers of two so that rows do not share cache sets.
 constexpr int DIM_STRIDE = MAX_DIM + 16;
 constexpr int SCORE_STRIDE = TILE + 16;
-constexpr int BLOCKS = TILE / KEY_BLOCK;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr double LN_2 = 0.69314718055994530942;
 
@@ -77,7 +76,7 @@ struct TilePlace {
 };
 
 struct KeyTile {
-  const uint32_t* units;  // [BLOCKS][units][16]
+  const uint32_t* units;  // [TILE / 16][units][16]
   int64_t block_stride;
   int64_t ahead;          // from here to the same place in the next tile, in bytes
 };
