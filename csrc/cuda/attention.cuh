@@ -1,0 +1,762 @@
+// Attention on the tensor cores: rows of all workers against pages or plain tensors of keys and
+// values, each tile of which is read once for all rows of a block.
+//
+// A block has up to 64 rows (query token x head of a KV group) and a run of visits. Four warps
+// share the 64 keys of a tile, then the value dimensions:
+//
+//                 keys 0-15  16-31  32-47  48-63            dims 0..D/4  ..D/2  ..3D/4  ..D
+//     rows  0-15 [  warp 0 | warp 1 | warp 2 | warp 3 ] ->  [  warp 0  | warp 1 | warp 2 | warp 3 ]
+//     rows 16-31 [    "    |   "    |   "    |   "    ]     [    "     |   "    |   "    |   "    ]
+//     rows 32-63 [  warp 4 | ...                            with 64 rows
+//            scores, softmax  -> probabilities in shared memory ->  values accumulated
+//
+// So no key or value is loaded twice from shared memory for up to 32 rows, and a row's arithmetic
+// is the same wherever it stands and however many stand beside it: each score is one sum over D in
+// steps of 16, each output one sum over the tile's keys in steps of 16, each row's sum of
+// probabilities four sums (one for each 16 keys) that are added at the end of the visit.
+//
+// Tiles travel through a ring in shared memory, keys and values alternately:
+//
+//     ring of 4:   K0 V0 K1 V1 | while the scores of tile t are computed, the values of t + 1 are asked
+//                              | for; while its values are accumulated, the keys of t + 2
+//     ring of 3:   K0 V0 K1    | the keys of t + 1; the values of t + 1
+//     ring of 2:   K0 V0       | the values of t; the keys of t + 1
+//
+// The longest ring that leaves room for a second block on the multiprocessor is a property of the
+// architecture. The alternative in which each warp has rows of its own and all
+// keys (flash-attention's) needs no exchange of maxima, but loads everything once for each warp,
+// and leaves three of four warps idle at 16 rows.
+
+#pragma once
+
+#include "item.cuh"
+
+namespace hogwild::cuda {
+
+template <int D, int ROW_TILES>
+struct Shape {
+  static constexpr int ROWS = 16 * ROW_TILES;
+  static constexpr int WARP_TILES = ROW_TILES == 4 ? 2 : ROW_TILES;  // row tiles of one warp
+  static constexpr int WARPS = 4 * (ROW_TILES / WARP_TILES);
+  static constexpr int THREADS = WARPS * WARP;
+  static constexpr int BLOCKS = D > 128 || WARPS == 8 ? 1 : ROW_TILES == 1 ? 3 : 2;  // a multiprocessor
+  static constexpr int STEPS = D / 16;      // of the sum over D
+  static constexpr int OUT_TILES = D / 32;  // 8 dimensions each, of one warp
+  // The rotated queries stay in registers where they fit.
+  static constexpr bool HOLD_QUERIES = WARP_TILES * D <= 256;
+
+  static constexpr int ROW_BYTES = 2 * D;
+  static constexpr int CHUNKS = D / 8;                 // 16 bytes each, of a row
+  static constexpr int PERIOD = D % 64 ? 4 : 8;        // chunks that a swizzle permutes
+  static constexpr int TILE_BYTES = TILE * ROW_BYTES;
+  static constexpr int QUERY_BYTES = ROWS * ROW_BYTES;
+  static constexpr int PROBABILITY_BYTES = ROWS * TILE * 2;
+
+  // Shared memory: ring of tiles, queries, probabilities, then the small arrays.
+  static constexpr int SMALL_BYTES =
+      ROWS * (int(sizeof(Row)) + int(sizeof(Limits)) + (2 + 4) * int(sizeof(float)));
+  static constexpr int shared_bytes(int ring) {
+    return ring * TILE_BYTES + QUERY_BYTES + PROBABILITY_BYTES + SMALL_BYTES;
+  }
+  // For code of an architecture, 90 for sm_90: two blocks a multiprocessor, or else one.
+  static constexpr int ring(int architecture) {
+    const int reserved = 1024;  // by the system, of every block
+    const int processor = architecture == 80                         ? 164 * 1024
+                          : architecture >= 90 && architecture < 120 ? 228 * 1024
+                                                                     : 100 * 1024;
+    for (int blocks = 2; blocks > 0; --blocks)
+      for (int ring = 4; ring >= 2; --ring)
+        if (shared_bytes(ring) <= processor / blocks - reserved) return ring;
+    return 0;
+  }
+
+  // Byte of chunk `chunk` of row `row`: rows that are read together lie in different banks.
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    const int turn = PERIOD == 8 ? row & 7 : (row >> 1) & 3;
+    return row * ROW_BYTES + ((chunk ^ turn) << 4);
+  }
+  // The same of chunk + 2 * step, from the address of chunk 0 or 1.
+  static __device__ __forceinline__ uint32_t ahead(uint32_t address, int step) {
+    const int bytes = 32 * step, period = 16 * PERIOD;
+    return (address ^ (bytes % period)) + bytes / period * period;
+  }
+};
+
+static __device__ __forceinline__ int probability_place(int row, int chunk) {
+  return row * (TILE * 2) + ((chunk ^ (row & 7)) << 4);
+}
+
+template <class T, int D, int ROW_TILES>
+struct Attention {
+  using S = Shape<D, ROW_TILES>;
+  using Element = typename T::Element;
+  static constexpr int WARP_TILES = S::WARP_TILES, OUT_TILES = S::OUT_TILES;
+
+#ifdef __CUDA_ARCH__
+  static constexpr int RING = S::ring(__CUDA_ARCH__ / 10);
+#else
+  static constexpr int RING = 4;
+#endif
+  static_assert(RING >= 2, "keys and values of a tile fit into shared memory");
+
+  const AttendParams& params;
+  const Header& header;
+  const Item& item;
+  const int head;
+  const int lane, quarter, first_row;  // of this thread's warp
+
+  // Shared memory, and this thread's places in it
+  const uint32_t ring, queries, probabilities;
+  Row* const rows;
+  Limits* const limits;
+  uint4* const maxima;  // [ROWS / 2] pairs of rows, one of each quarter of a tile's keys
+  float4* const sums;   // [ROWS], likewise
+  const uint32_t key_place, copy_place;        // of the first tile in the ring
+  uint32_t value_place[(OUT_TILES + 1) / 2];  // the same, of two tiles of dimensions each
+  const uint32_t probability_store, probability_load;
+  const uint32_t maximum_load, maximum_store;
+
+  int segment = -1;  // that the queries are rotated for
+
+  // Registers; [2] are rows lane / 4 and + 8 of a row tile.
+  uint32_t query[S::HOLD_QUERIES ? WARP_TILES : 1][S::HOLD_QUERIES ? S::STEPS : 1][4];
+  float out[WARP_TILES][OUT_TILES][4];
+  float score[WARP_TILES][2][4];
+  // The largest score of the visit so far, before scaling, rounded to bfloat16: what a softmax
+  // subtracts need not be exact, and two rows then travel in one register.
+  uint32_t row_max[WARP_TILES];
+  float bias[WARP_TILES][2];     // its negative in powers of two
+  float row_sum[WARP_TILES][2];  // this lane's share
+  float folded_max[WARP_TILES][2], folded_sum[WARP_TILES][2];
+
+  __device__ Attention(const AttendParams& p, const Item& item, int head, char* shared)
+      : params(p),
+        header(*p.header),
+        item(item),
+        head(head),
+        lane(threadIdx.x % WARP),
+        quarter(threadIdx.x / WARP % 4),
+        first_row(threadIdx.x / WARP / 4 * 16 * WARP_TILES),
+        ring(kept(shared_address(shared))),
+        queries(ring + RING * S::TILE_BYTES),
+        probabilities(queries + S::QUERY_BYTES),
+        rows(reinterpret_cast<Row*>(shared + RING * S::TILE_BYTES + S::QUERY_BYTES +
+                                    S::PROBABILITY_BYTES)),
+        limits(reinterpret_cast<Limits*>(rows + S::ROWS)),
+        maxima(reinterpret_cast<uint4*>(limits + S::ROWS)),
+        sums(reinterpret_cast<float4*>(maxima + S::ROWS / 2)),
+        key_place(kept(ring + S::place(quarter * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2))),
+        copy_place(kept(ring + S::place(threadIdx.x / COLUMNS, threadIdx.x % COLUMNS))),
+        probability_store(kept(probabilities +
+                               probability_place(first_row + lane / 4, quarter * 2) +
+                               lane % 4 * 4)),
+        probability_load(
+            kept(probabilities + probability_place(first_row + lane % 16, lane / 16))),
+        maximum_load(kept(shared_address(maxima + first_row / 2 + lane / 4))),
+        maximum_store(kept(maximum_load + quarter * 4)) {
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 2)
+      value_place[n / 2] = kept(
+          ring + S::place(lane % 16, quarter * OUT_TILES + n + (n + 1 < OUT_TILES) * (lane / 16)));
+  }
+
+  // ---- rows and queries ---------------------------------------------------------------------
+
+  __device__ void load_rows() {
+    const Row* from = header.array<Row>(header.rows) + item.row_begin;
+    for (int r = threadIdx.x; r < item.row_count; r += S::THREADS) rows[r] = from[r];
+  }
+
+  __device__ const Element* query_row(const Row& row) const {
+    return static_cast<const Element*>(params.query.data) +
+           row_offset(params.query, row, head * params.group + row.head);
+  }
+
+  // Rotates the queries afresh, into the operands of the scores.
+  __device__ void enter_segment(int segment) {
+    const bool plain = params.wide_query && !params.interleaved && header.half_rotary == D / 2;
+    if (plain)
+      rotate_four_pairs(segment);
+    else
+      rotate_one_by_one(segment);
+  }
+
+  // Dimensions j .. j + 3 and their partners D / 2 further on.
+  __device__ void rotate_four_pairs(int segment) {
+    constexpr int FOURS = D / 8;
+    for (int i = threadIdx.x; i < S::ROWS * FOURS; i += S::THREADS) {
+      const int r = i / FOURS, j = i % FOURS * 4;
+      uint2 low{0, 0}, high{0, 0};
+      if (r < item.row_count) {
+        const Row row = rows[r];
+        const Element* from = query_row(row);
+        const uint2 x = *reinterpret_cast<const uint2*>(from + j);
+        const uint2 y = *reinterpret_cast<const uint2*>(from + j + D / 2);
+        const Angles angles(header, row, segment);
+        float4 c = *reinterpret_cast<const float4*>(angles.offset + j);
+        float4 s = *reinterpret_cast<const float4*>(angles.offset + j + D / 2);
+        if (item.worker_tokens > 1) {
+          const float4 ci = *reinterpret_cast<const float4*>(angles.token + j);
+          const float4 si = *reinterpret_cast<const float4*>(angles.token + j + D / 2);
+          add(c.x, s.x, ci.x, si.x);
+          add(c.y, s.y, ci.y, si.y);
+          add(c.z, s.z, ci.z, si.z);
+          add(c.w, s.w, ci.w, si.w);
+        }
+        rotate(x.x, y.x, c.x, s.x, c.y, s.y, low.x, high.x);
+        rotate(x.y, y.y, c.z, s.z, c.w, s.w, low.y, high.y);
+      }
+      store_shared(queries + S::place(r, j / 8) + j % 8 * 2, low);
+      store_shared(queries + S::place(r, (j + D / 2) / 8) + j % 8 * 2, high);
+    }
+  }
+
+  static __device__ __forceinline__ void add(float& c, float& s, float ci, float si) {
+    const float2 sum = add_angles(c, s, ci, si);
+    c = sum.x;
+    s = sum.y;
+  }
+
+  // The same operations as rotated_query's, two pairs at a time.
+  __device__ __forceinline__ void rotate(uint32_t x, uint32_t y, float c0, float s0, float c1,
+                                         float s1, uint32_t& low, uint32_t& high) const {
+    const float2 a = T::unpack(x), b = T::unpack(y);
+    const float factor = params.query_factor * params.rope_scale;
+    low = T::pack(__fmaf_rn(a.x, c0, __fmul_rn(b.x, -s0)) * factor,
+                  __fmaf_rn(a.y, c1, __fmul_rn(b.y, -s1)) * factor);
+    high = T::pack(__fmaf_rn(b.x, c0, __fmul_rn(a.x, s0)) * factor,
+                   __fmaf_rn(b.y, c1, __fmul_rn(a.y, s1)) * factor);
+  }
+
+  __device__ void rotate_one_by_one(int segment) {
+    for (int i = threadIdx.x; i < S::ROWS * (D / 2); i += S::THREADS) {
+      const int r = i / (D / 2), d = i % (D / 2) * 2;
+      uint32_t pair = 0;
+      if (r < item.row_count) {
+        const Row row = rows[r];
+        const Element* from = query_row(row);
+        pair = T::pack(rotated_query<T>(params, header, from, row, segment, d),
+                       rotated_query<T>(params, header, from, row, segment, d + 1));
+      }
+      store_shared(queries + S::place(r, d / 8) + d % 8 * 2, pair);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t query_address(int tile) const {
+    return queries + S::place(first_row + tile * 16 + lane % 16, lane / 16);
+  }
+
+  __device__ void hold_queries() {
+    if constexpr (S::HOLD_QUERIES)
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+        for (int step = 0; step < S::STEPS; ++step)
+          load_matrices(query[tile][step], S::ahead(query_address(tile), step));
+  }
+
+  // ---- tiles --------------------------------------------------------------------------------
+
+  // A thread copies chunk `column`, + 8 (or 4), ... of every so many rows of a tile.
+  static constexpr int COLUMNS = S::PERIOD;
+  static constexpr int ROWS_AT_ONCE = S::THREADS / COLUMNS;
+
+  // The tiles of a visit, counted from its first, and where they lie.
+  struct Source {
+    KeyRange keys;
+    int end;             // tiles before it are wanted
+    int whole_end;       // tiles before it are wanted and whole pages
+    int paged_end;       // tiles before it are wanted and pages
+    const char* key;     // page 0, this thread's first chunk
+    const char* value;
+    int32_t page_bytes;  // from one page of all heads to the next
+    const int32_t* pages;  // of the visit's tiles
+    int32_t page[3];     // of tiles t + 1, t + 2, t + 3 while tile t is attended
+  };
+
+  __device__ __forceinline__ Source start(const KeyRange& keys, const Reach& reach) const {
+    Source s{keys, reach.last_tile + 1, 0, 0, nullptr, nullptr, 0, nullptr, {0, 0, 0}};
+    if (params.key_pages) {
+      s.whole_end = min((keys.end - keys.begin) / TILE, s.end);
+      s.paged_end = s.end;
+      s.page_bytes = kept(params.kv_heads * (S::TILE_BYTES));
+      const int64_t first =
+          head * S::TILE_BYTES + threadIdx.x / COLUMNS * S::ROW_BYTES + threadIdx.x % COLUMNS * 16;
+      s.key = kept(static_cast<const char*>(params.key_pages) + first);
+      s.value = kept(static_cast<const char*>(params.value_pages) + first);
+      s.pages = kept(header.array<int32_t>(header.tile_pages) + keys.tile);
+      // As if tile first_tile - 1 were attended.
+#pragma unroll
+      for (int i = 0; i < 3; ++i)
+        if (reach.first_tile + i < s.end) s.page[i] = __ldg(s.pages + reach.first_tile + i);
+    }
+    return s;
+  }
+
+  // Before the scores of tile t: the pages that are known move on by one.
+  __device__ __forceinline__ void next_pages(Source& s, int t) const {
+    s.page[0] = s.page[1];
+    s.page[1] = s.page[2];
+    if (t + 3 < s.paged_end) s.page[2] = __ldg(s.pages + t + 3);
+  }
+
+  // Asks for the keys or values of a tile, if there is one, into a place of the ring. The group of
+  // copies is closed even if it is empty, so that waiting may count groups.
+  template <bool VALUES>
+  __device__ __forceinline__ void load_tile(const Source& s, int tile, int32_t page,
+                                            uint32_t slot) const {
+    const uint32_t to = copy_place + slot;
+    if (tile < s.whole_end) {
+      const char* from = advance(VALUES ? s.value : s.key, page, s.page_bytes);
+#pragma unroll
+      for (int r = 0; r < TILE; r += ROWS_AT_ONCE)
+#pragma unroll
+        for (int c = 0; c < S::CHUNKS; c += COLUMNS)
+          copy_async(to + r * S::ROW_BYTES + c * 16, from + r * S::ROW_BYTES + c * 16);
+    } else if (tile < s.end) {
+      load_rows_of_tile(s, tile, page, VALUES, to);
+    }
+    end_copy_group();
+  }
+
+  // Any stride, any alignment; rows past the segment's end become zero, whatever lies there.
+  __device__ __forceinline__ void load_rows_of_tile(const Source& s, int tile, int32_t page,
+                                                    bool values, uint32_t to) const {
+    const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const int present = s.keys.end - s.keys.begin - tile * TILE;
+    const Element* base;
+    int64_t stride;
+    if (params.key_pages) {
+      base = static_cast<const Element*>(values ? params.value_pages : params.key_pages) +
+             (int64_t(page) * params.kv_heads + head) * (TILE * D);
+      stride = D;
+    } else {
+      const SegmentRows& segment = header.array<SegmentRows>(header.segments)[s.keys.segment];
+      stride = values ? segment.value_token_stride : segment.key_token_stride;
+      base = static_cast<const Element*>(values ? segment.values : segment.keys) +
+             (s.keys.begin + tile * TILE) * stride +
+             head * (values ? segment.value_head_stride : segment.key_head_stride);
+    }
+    const bool wide = ((reinterpret_cast<uintptr_t>(base) | (stride * 2)) & 15) == 0;
+#pragma unroll 1
+    for (int r = 0; r < TILE; r += ROWS_AT_ONCE) {
+      const bool there = row + r < present;
+      const Element* from = base + (there ? row + r : 0) * stride + column * 8;
+#pragma unroll 1
+      for (int c = 0; c < S::CHUNKS; c += COLUMNS) {
+        const uint32_t place = to + r * S::ROW_BYTES + c * 16;
+        if (wide) {
+          copy_async(place, from + c * 8, there ? 16 : 0);
+        } else {
+          const uint16_t* bits = reinterpret_cast<const uint16_t*>(from + c * 8);
+          uint32_t word[4] = {};
+          if (there)
+            for (int i = 0; i < 4; ++i) word[i] = bits[2 * i] | uint32_t(bits[2 * i + 1]) << 16;
+          store_shared(place, make_uint4(word[0], word[1], word[2], word[3]));
+        }
+      }
+    }
+  }
+
+  // Waits for the oldest tile asked for, for everybody; those behind it may still be under way.
+  __device__ __forceinline__ void await_tile() const {
+    wait_copies<RING - 2>();
+    __syncthreads();
+  }
+
+  // ---- one tile -----------------------------------------------------------------------------
+
+  // score = queries times this quarter's 16 keys.
+  __device__ __forceinline__ void compute_scores(uint32_t slot) {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) score[tile][n][e] = 0.f;
+    const uint32_t address = key_place + slot;
+#pragma unroll
+    for (int step = 0; step < S::STEPS; ++step) {
+      uint32_t key[4];
+      load_matrices(key, S::ahead(address, step));
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile) {
+        if constexpr (S::HOLD_QUERIES) {
+          T::mma(score[tile][0], query[tile][step], key[0], key[1]);
+          T::mma(score[tile][1], query[tile][step], key[2], key[3]);
+        } else {
+          uint32_t q[4];
+          load_matrices(q, S::ahead(query_address(tile), step));
+          T::mma(score[tile][0], q, key[0], key[1]);
+          T::mma(score[tile][1], q, key[2], key[3]);
+        }
+      }
+    }
+    if (params.softcap != 0.f)
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) score[tile][n][e] = cap_score(params, score[tile][n][e]);
+  }
+
+  __device__ __forceinline__ int row_of(int tile, int half) const {
+    return first_row + tile * 16 + half * 8 + lane / 4;
+  }
+
+  // `key`: the tile's first, counted from the segment's.
+  __device__ __forceinline__ void mask_scores(int key) {
+    const int column = key + quarter * 16 + lane % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Limits seen = limits[row_of(tile, half)];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int l = column + n * 8 + e;
+            if (l < seen.low || l > seen.high) score[tile][n][2 * half + e] = -INFINITE;
+          }
+      }
+  }
+
+  __device__ __forceinline__ void share_maxima() const {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile) {
+      float top[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        top[half] = fmaxf(fmaxf(score[tile][0][2 * half], score[tile][0][2 * half + 1]),
+                          fmaxf(score[tile][1][2 * half], score[tile][1][2 * half + 1]));
+      uint32_t pair = BFloat16::pack(top[0], top[1]);
+      pair = max_pairs(pair, __shfl_xor_sync(~0u, pair, 1));
+      pair = max_pairs(pair, __shfl_xor_sync(~0u, pair, 2));
+      if (lane % 4 == 0) store_shared(maximum_store + tile * 8 * 16, pair);
+    }
+  }
+
+  // The new maxima. What was summed with smaller ones shrinks; mostly nothing does.
+  __device__ __forceinline__ void raise_maxima(float scale) {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile) {
+      const uint4 top = load_shared(maximum_load + tile * 8 * 16);
+      const uint32_t before = row_max[tile];
+      const uint32_t now =
+          max_pairs(before, max_pairs(max_pairs(top.x, top.y), max_pairs(top.z, top.w)));
+      if (__any_sync(~0u, now != before)) shrink_results(tile, now, scale);
+    }
+  }
+
+  __device__ __forceinline__ void shrink_results(int tile, uint32_t now, float scale) {
+    const float2 old_max = BFloat16::unpack(row_max[tile]), new_max = BFloat16::unpack(now);
+    const float shrink[2] = {exp2_fast((old_max.x - new_max.x) * scale),
+                             exp2_fast((old_max.y - new_max.y) * scale)};
+    row_max[tile] = now;
+    bias[tile][0] = __fmaf_rn(new_max.x, -scale, T::PROBABILITY_BIAS);
+    bias[tile][1] = __fmaf_rn(new_max.y, -scale, T::PROBABILITY_BIAS);
+    row_sum[tile][0] *= shrink[0];
+    row_sum[tile][1] *= shrink[1];
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[tile][n][e] *= shrink[e / 2];
+  }
+
+  // 2^(score - max) into shared memory and into the sums.
+  __device__ __forceinline__ void compute_probabilities(float scale) {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          p[i] = exp2_fast(__fmaf_rn(score[tile][i / 2][2 * half + i % 2], scale, bias[tile][half]));
+        row_sum[tile][half] += (p[0] + p[1]) + (p[2] + p[3]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+          store_shared((probability_store ^ (n * 16)) + (tile * 16 + half * 8) * (TILE * 2),
+                       T::pack(p[2 * n], p[2 * n + 1]));
+      }
+  }
+
+  // out += probabilities times this quarter's dimensions of the values.
+  __device__ __forceinline__ void accumulate(uint32_t slot) {
+    uint32_t place[(OUT_TILES + 1) / 2];  // of the chunks of two tiles of dimensions
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 2) {
+      place[n / 2] = value_place[n / 2] + slot;
+    }
+#pragma unroll
+    for (int block = 0; block < TILE / 16; ++block) {
+      uint32_t p[WARP_TILES][4];
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile)
+        load_matrices(p[tile], (probability_load ^ (block * 32)) + tile * 16 * (TILE * 2));
+#pragma unroll
+      for (int n = 0; n < OUT_TILES; n += 2) {
+        const uint32_t address = place[n / 2] + block * 16 * S::ROW_BYTES;
+        if (n + 1 < OUT_TILES) {
+          uint32_t v[4];
+          load_matrices_transposed(v, address);
+#pragma unroll
+          for (int tile = 0; tile < WARP_TILES; ++tile) {
+            T::mma(out[tile][n], p[tile], v[0], v[1]);
+            T::mma(out[tile][n + 1], p[tile], v[2], v[3]);
+          }
+        } else {
+          uint32_t v[2];
+          load_2_matrices_transposed(v, address);
+#pragma unroll
+          for (int tile = 0; tile < WARP_TILES; ++tile) T::mma(out[tile][n], p[tile], v[0], v[1]);
+        }
+      }
+    }
+  }
+
+  // The same for a tile that some row sees nothing of: 0 times a value that is not finite must not
+  // reach it, so that its result is put back.
+  __device__ __forceinline__ void accumulate_for_some(uint32_t slot, int key) {
+    float before[WARP_TILES][OUT_TILES][4];
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int n = 0; n < OUT_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) before[tile][n][e] = out[tile][n][e];
+    accumulate(slot);
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Limits seen = limits[row_of(tile, half)];
+        if (seen.low < key + TILE && seen.high >= key) continue;
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; ++n)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) out[tile][n][e] = before[tile][n][e];
+      }
+  }
+
+  // ---- a visit ------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void attend(const KeyRange keys) {
+    const float scale = params.power_scale;
+    const Reach reach = find_reach<S::ROWS>(header, rows, item.row_count, keys, limits);
+    const int first = reach.first_tile;
+    Source source = start(keys, reach);
+    load_tile<false>(source, first, source.page[0], 0);
+    if constexpr (RING > 2) load_tile<true>(source, first, source.page[0], S::TILE_BYTES);
+    if constexpr (RING > 3) load_tile<false>(source, first + 1, source.page[1], 2 * S::TILE_BYTES);
+    if (keys.segment != segment) {
+      enter_segment(segment = keys.segment);
+      __syncthreads();
+      hold_queries();
+    }
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile) {
+      row_max[tile] = BFloat16::pack(LOWEST, LOWEST);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        bias[tile][half] = LOWEST * -scale;
+        row_sum[tile][half] = 0.f;
+      }
+#pragma unroll
+      for (int n = 0; n < OUT_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[tile][n][e] = 0.f;
+    }
+
+    // Tiles of which all rows that see any of the visit see every key.
+    const int whole_first = (reach.inner_low - keys.begin + TILE - 1) / TILE;
+    const int whole_last = (reach.inner_high - keys.begin + 1) / TILE - 1;
+    uint32_t slot = 0;  // of the keys
+    for (int t = first; t < source.end; ++t) {
+      const bool whole = t >= whole_first && t <= whole_last;
+      const uint32_t values = after(slot);
+      const int32_t page = source.page[0];
+      next_pages(source, t);
+      await_tile();  // the keys are here, and everybody is done with the values before them
+      if constexpr (RING == 4) load_tile<true>(source, t + 1, source.page[0], before(slot));
+      if constexpr (RING == 3) load_tile<false>(source, t + 1, source.page[0], before(slot));
+      if constexpr (RING == 2) load_tile<true>(source, t, page, before(slot));
+      compute_scores(slot);
+      if (!whole) mask_scores(keys.begin + t * TILE);
+      share_maxima();
+      __syncthreads();
+      raise_maxima(scale);
+      compute_probabilities(scale);
+      await_tile();  // the values and all probabilities are here
+      if constexpr (RING == 4) load_tile<false>(source, t + 2, source.page[1], slot);
+      if constexpr (RING == 3) load_tile<true>(source, t + 1, source.page[0], slot);
+      if constexpr (RING == 2) load_tile<false>(source, t + 1, source.page[0], slot);
+      if (whole)
+        accumulate(values);
+      else
+        accumulate_for_some(values, keys.begin + t * TILE);
+      slot = next(slot);
+    }
+    wait_copies<0>();
+    share_sums();
+  }
+
+  // Places in the ring, in bytes: of the values behind a tile's keys, of the keys behind those
+  // values, and the one before the keys.
+  static __device__ __forceinline__ uint32_t after(uint32_t keys) {
+    if constexpr (RING == 3) return keys == 2 * S::TILE_BYTES ? 0 : keys + S::TILE_BYTES;
+    return keys + S::TILE_BYTES;
+  }
+  static __device__ __forceinline__ uint32_t next(uint32_t keys) {
+    if constexpr (RING == 3) return keys == 0 ? 2 * S::TILE_BYTES : keys - S::TILE_BYTES;
+    return (RING - 2) * S::TILE_BYTES - keys;
+  }
+  static __device__ __forceinline__ uint32_t before(uint32_t keys) {
+    if constexpr (RING == 3) return next(keys);
+    return (RING - 1) * S::TILE_BYTES - keys;
+  }
+
+  // Leaves the rows' sums in row_sum of every thread that has the row, and 0 where nothing is seen.
+  __device__ void share_sums() {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = row_sum[tile][half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (lane % 4 == 0) reinterpret_cast<float*>(&sums[row_of(tile, half)])[quarter] = sum;
+      }
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(tile, half);
+        const float4 part = sums[row];
+        row_sum[tile][half] = limits[row].any() ? ((part.x + part.y) + part.z) + part.w : 0.f;
+        bias[tile][half] = T::PROBABILITY_BIAS - bias[tile][half];  // the maximum in powers of two
+      }
+  }
+
+  // ---- results ------------------------------------------------------------------------------
+
+  __device__ __forceinline__ int dimension(int n) const {
+    return quarter * (D / 4) + n * 8 + lane % 4 * 2;
+  }
+
+  // Stores (max, sum, out) of the rows in a slot.
+  __device__ void store(int slot_row, const float (&top)[WARP_TILES][2],
+                        const float (&sum)[WARP_TILES][2]) const {
+    const Slots slots = slots_of<D>(params, head);
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(tile, half);
+        if (row >= item.row_count) continue;
+        if (quarter == 0 && lane % 4 == 0)
+          slots.stats[slot_row + row] = {top[tile][half], sum[tile][half]};
+        if (sum[tile][half] == 0.f) continue;
+        float* to = slots.out + int64_t(slot_row + row) * D;
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; ++n)
+          *reinterpret_cast<float2*>(to + dimension(n)) = {out[tile][n][2 * half],
+                                                           out[tile][n][2 * half + 1]};
+      }
+  }
+
+  // Folds the visit's result into what the visits before it left in the item's slot: the maxima
+  // and sums stay in registers, the outputs come from there, each to the thread that stored it.
+  __device__ void fold_visit() {
+    const Slots slots = slots_of<D>(params, head);
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(tile, half);
+        const Weights w = fold(folded_max[tile][half], folded_sum[tile][half], bias[tile][half],
+                               row_sum[tile][half]);
+        if (row >= item.row_count || w.how == Fold::Replace || folded_sum[tile][half] == 0.f)
+          continue;
+        const float* from = slots.out + int64_t(item.slot_row + row) * D;
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; ++n) {
+          const float2 before = *reinterpret_cast<const float2*>(from + dimension(n));
+          out[tile][n][2 * half] = fold(w, before.x, out[tile][n][2 * half]);
+          out[tile][n][2 * half + 1] = fold(w, before.y, out[tile][n][2 * half + 1]);
+        }
+      }
+  }
+
+  __device__ void write_output() const {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row_of(tile, half);
+        if (r >= item.row_count) continue;
+        const Row row = rows[r];
+        const int query_head = head * params.group + row.head;
+        const float sum = folded_sum[tile][half];
+        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+        Element* to =
+            static_cast<Element*>(params.out.data) + row_offset(params.out, row, query_head);
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; ++n) {
+          const float x = sum == 0.f ? 0.f : out[tile][n][2 * half] * inverse;
+          const float y = sum == 0.f ? 0.f : out[tile][n][2 * half + 1] * inverse;
+          if (params.wide_out) {
+            *reinterpret_cast<uint32_t*>(to + dimension(n)) = T::pack(x, y);
+          } else {
+            to[dimension(n)] = T::narrow(x);
+            to[dimension(n) + 1] = T::narrow(y);
+          }
+        }
+        if (params.lse && quarter == 0 && lane % 4 == 0)
+          *lse_place(params, row, query_head) = log_sum<T>(folded_max[tile][half], sum);
+      }
+  }
+
+  __device__ void run() {
+    load_rows();
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        folded_max[tile][half] = -INFINITE;
+        folded_sum[tile][half] = 0.f;
+      }
+    const KeyRange* visits = header.array<KeyRange>(header.visits);
+    for (int v = item.visit_begin; v < item.visit_end; ++v) {
+      attend(visits[v]);
+      if (item.what == STORES) {
+        store(item.slot_row + (v - item.visit_begin) * item.row_count, bias, row_sum);
+      } else {
+        fold_visit();
+        if (item.what == FOLDS || v + 1 < item.visit_end)
+          store(item.slot_row, folded_max, folded_sum);
+      }
+      __syncthreads();  // queries, limits and sums are free again
+    }
+    if (item.what == WRITES_OUTPUT) write_output();
+  }
+};
+
+template <class T, int D, int ROW_TILES>
+__global__ void __launch_bounds__(Shape<D, ROW_TILES>::THREADS, Shape<D, ROW_TILES>::BLOCKS)
+    attend_kernel(const __grid_constant__ AttendParams params) {
+  extern __shared__ __align__(128) char shared[];
+  const Header& header = *params.header;
+  const int work = header.num_items * params.kv_heads;
+  for (int i = blockIdx.x; i < work; i += gridDim.x) {
+    const Item item = header.array<Item>(header.items)[i / params.kv_heads];
+    Attention<T, D, ROW_TILES>(params, item, i % params.kv_heads, shared).run();
+    __syncthreads();
+  }
+}
+
+}  // namespace hogwild::cuda

@@ -1,0 +1,90 @@
+// A step's tables as the kernels read them: a header and arrays behind it, in one block of bytes.
+// Offsets are counted in bytes from the header, so that the block means the same at any address.
+//
+// Work is cut like this, for one KV head (every head has the same items):
+//
+//     visits of a row group, in list order:     v0  v1  v2  v3  v4  v5  v6
+//     items (one block each):                  [ 0:  folds  ][ 1    ][ 2    ]
+//     partial results (slots):                       s0        s1  s2  s3  s4
+//
+// The first item folds its visits, the others store each visit's result; the merge folds all of it
+// from left to right. A row's result is the same left fold wherever the cuts are. A group that has
+// one item only writes its output itself.
+
+#pragma once
+
+#include "../attention.h"
+
+namespace hogwild::cuda {
+
+struct Header {
+  int32_t num_items;     // of one KV head
+  int32_t num_merges;
+  int32_t num_segments;  // S
+  int32_t num_tokens;    // T
+  int32_t half_rotary;   // R / 2
+  int32_t slot_rows;     // rows of all slots of one KV head
+  int64_t window;        // a key is seen while p - l < window
+  int32_t items;         // Item [num_items]
+  int32_t merges;        // Merge [num_merges]
+  int32_t rows;          // Row [rows of all groups, then those of padding]
+  int32_t visits;        // KeyRange [visits]
+  int32_t offsets;       // int32 [W, S]
+  int32_t tile_pages;    // int32 [tiles], for pages
+  int32_t segments;      // SegmentRows [S], for plain tensors
+  int32_t slots;         // int32 [T]: page * TILE + row of each new token
+  int32_t offset_angles; // float [W, S, 2, R/2]
+  int32_t token_angles;  // float [Q, 2, R/2]
+  int32_t key_angles;    // float [T, 2, R/2]
+  int32_t reserved;
+
+#ifdef __CUDACC__
+  template <class T>
+  __device__ const T* array(int32_t offset) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
+  }
+#endif
+};
+
+enum : int32_t {
+  WRITES_OUTPUT = 0,  // the item is all there is to its rows
+  FOLDS = 1,          // first of several: its visits folded into one slot
+  STORES = 2,         // a slot for each visit
+};
+
+struct Item {
+  int32_t visit_begin, visit_end;
+  int32_t row_begin, row_count;  // in Header::rows
+  int32_t slot_row;              // where its slots begin, in rows; a slot has row_count of them
+  int32_t what;
+  int32_t worker_tokens;  // most tokens that a worker of these rows brings: 1 needs no angle sums
+  int32_t reserved;
+};
+
+struct Merge {
+  int32_t row_begin, row_count;
+  int32_t slot_row, num_slots;
+};
+
+// A query row: head `head` of the KV group, token `token` of worker `worker`.
+struct Row {
+  int32_t worker, token;
+  int32_t index;  // query_start[worker] + token, see TokenTensor
+  int32_t head;
+};
+
+// Keys [begin, end) of a segment, begin at a tile's first key.
+struct KeyRange {
+  int32_t segment;
+  int32_t begin, end;
+  int32_t tile;  // index of the first one in tile_pages
+};
+
+struct MoveHeader {
+  int32_t half_rotary;
+  int32_t key_layers, value_layers;  // addresses [num_layers]
+  int32_t source_pages, target_pages;
+  int32_t angles;  // float [2, R/2]
+};
+
+}  // namespace hogwild::cuda
