@@ -98,7 +98,8 @@ struct Chunk {
   int32_t begin, end;
 };
 
-// Up to ROW_GROUP consecutive rows, a row being (token, head of the KV group).
+// Consecutive rows, up to ROW_GROUP or what the backend takes, a row being (token, head of the KV
+// group).
 struct RowGroup {
   int32_t row_begin, row_end;      // rows, in the order of PlanView::tokens, times group
   int32_t part_begin, part_end;    // its parts

@@ -1,57 +1,23 @@
 // Python's way in: addresses, strides and plain numbers, packed into the structs of attention.h.
 // All checks are made in Python, before anything is called here.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "binding.h"
 
-#include <cstring>
 #include <optional>
-#include <vector>
 
-#include "cpu/backend.h"
 #include "cpu/parallel.h"
-#include "plan.h"
 
-namespace py = pybind11;
 using namespace hogwild;
 
 namespace {
-
-using Ints = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using Address = uintptr_t;
-using Strided = std::array<int64_t, 4>;  // address, worker, token and head stride
-
-TokenTensor token_tensor(const Strided& t) {
-  return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3]};
-}
-
-Heads make_heads(int dtype, int kv_heads, int group, int head_dim, int value_dim) {
-  return {DType(dtype), kv_heads, group, head_dim, value_dim};
-}
-
-const int32_t* data_or_null(const std::optional<Ints>& a) { return a ? a->data() : nullptr; }
-
-std::vector<void*> pointers(const std::vector<Address>& addresses) {
-  std::vector<void*> p;
-  for (Address a : addresses) p.push_back(reinterpret_cast<void*>(a));
-  return p;
-}
-
-// A plan and the memory its layers work in.
-struct StepPlan {
-  Plan plan;
-  int32_t group;
-  cpu::Workspace workspace;
-};
 
 std::unique_ptr<StepPlan> make_plan(const Ints& offsets, const Ints& lengths,
                                     const Ints& query_lengths, const Floats& inv_freq, int group,
                                     int kv_heads, int64_t window,
                                     const std::optional<Ints>& key_start,
                                     const std::optional<Ints>& tile_pages,
-                                    const std::optional<Ints>& slots, bool packed) {
+                                    const std::optional<Ints>& slots, bool packed,
+                                    int32_t row_group) {
   const PlanInput input{int32_t(query_lengths.size()),
                         int32_t(lengths.size()),
                         group,
@@ -59,6 +25,7 @@ std::unique_ptr<StepPlan> make_plan(const Ints& offsets, const Ints& lengths,
                         int32_t(inv_freq.size()),
                         window,
                         packed,
+                        row_group,
                         offsets.data(),
                         lengths.data(),
                         query_lengths.data(),
@@ -113,18 +80,12 @@ void attend_paged(StepPlan& step, int dtype, int num_heads, int kv_heads, int he
          lse, 0, keys_values, scale, rope_scale, interleaved, softcap, 0, threads);
 }
 
-// `segments` [S, 6]: addresses of keys and values, then key token and head stride, value token and
-// head stride. `lse` is padded like the query, [W, Q, Hq] dense.
+// `lse` is padded like the query, [W, Q, Hq] dense.
 void attend_rows(StepPlan& step, int dtype, int num_heads, int kv_heads, int head_dim,
-                 int value_dim, const Strided& query,
-                 const std::vector<std::array<int64_t, 6>>& segments, const Strided& out,
-                 Address lse, int32_t padded_queries, float scale, float rope_scale,
-                 bool interleaved, float softcap, int threads) {
-  std::vector<SegmentRows> rows;
-  rows.reserve(segments.size());
-  for (const auto& s : segments)
-    rows.push_back({reinterpret_cast<const void*>(s[0]), reinterpret_cast<const void*>(s[1]), s[2],
-                    s[3], s[4], s[5]});
+                 int value_dim, const Strided& query, const SegmentList& segments,
+                 const Strided& out, Address lse, int32_t padded_queries, float scale,
+                 float rope_scale, bool interleaved, float softcap, int threads) {
+  const std::vector<SegmentRows> rows = segment_rows(segments);
   const KeyValues keys_values{Layout::Rows, rows.data(), nullptr, nullptr};
   attend(step, make_heads(dtype, kv_heads, num_heads / kv_heads, head_dim, value_dim), query, out,
          lse, int64_t(padded_queries) * num_heads, keys_values, scale, rope_scale, interleaved,
@@ -181,10 +142,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HIDDEN") = HIDDEN;
   m.attr("PAGE_SIZE") = TILE;
   m.attr("MAX_DIM") = MAX_DIM;
+  m.attr("ROW_GROUP") = ROW_GROUP;
   m.attr("FLOAT32") = int(DType::Float32);
   m.attr("FLOAT16") = int(DType::Float16);
   m.attr("BFLOAT16") = int(DType::BFloat16);
+#ifdef HOGWILD_CUDA
+  m.attr("backends") = std::vector<std::string>{"cpu", "cuda"};
+#else
   m.attr("backends") = std::vector<std::string>{"cpu"};
+#endif
 
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("available_isas", &cpu::available_isas);
@@ -195,7 +161,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_plan), py::arg("offsets"), py::arg("lengths"), py::arg("query_lengths"),
            py::arg("inv_freq"), py::arg("group"), py::arg("kv_heads"), py::arg("window") = 0,
            py::arg("key_start") = py::none(), py::arg("tile_pages") = py::none(),
-           py::arg("slots") = py::none(), py::arg("packed") = false)
+           py::arg("slots") = py::none(), py::arg("packed") = false,
+           py::arg("row_group") = ROW_GROUP)
       .def_property_readonly(
           "chunks",
           [](const StepPlan& s) {
@@ -236,4 +203,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("value_page_elements", [](int dtype, int kv_heads, int value_dim) {
     return cpu::value_page_elements(make_heads(dtype, kv_heads, 1, value_dim, value_dim));
   });
+
+#ifdef HOGWILD_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -44,7 +44,7 @@ Plan::Plan(const PlanInput& input, FillAngles fill_angles) {
   slots_ = copy(input.slots, view_.num_tokens);
 
   cut_chunks(input.kv_heads);
-  group_rows(input.group);
+  group_rows(input.group, input.row_group);
   list_visits(input.group);
   tabulate_angles(input, fill_angles);
   publish();
@@ -63,11 +63,11 @@ void Plan::cut_chunks(int32_t kv_heads) {
 }
 
 // Workers line up by what they see, so that those who read the same segments share a group.
-void Plan::group_rows(int32_t group) {
+void Plan::group_rows(int32_t group, int32_t most_rows) {
   std::vector<int32_t> order(view_.num_workers);
   std::iota(order.begin(), order.end(), 0);
   const int32_t S = view_.num_segments;
-  if (int64_t(view_.num_tokens) * group > ROW_GROUP) {
+  if (int64_t(view_.num_tokens) * group > most_rows) {
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
       for (int32_t s = 0; s < S; ++s) {
         const bool sees_a = offsets_[int64_t(a) * S + s] != HIDDEN;
@@ -82,11 +82,11 @@ void Plan::group_rows(int32_t group) {
   for (int32_t worker : order) {
     const int32_t rows = query_lengths_[worker] * group;
     for (int32_t done = 0; done < rows;) {
-      if (row % ROW_GROUP == 0)
+      if (row % most_rows == 0)
         groups_.push_back({row, row, int32_t(parts_.size()), int32_t(parts_.size()), 0, 0});
       RowGroup& last = groups_.back();
       const int32_t first = row - last.row_begin;
-      const int32_t taken = std::min(rows - done, ROW_GROUP - first);
+      const int32_t taken = std::min(rows - done, most_rows - first);
       parts_.push_back({worker, first, first + taken, done});
       row += taken;
       done += taken;

@@ -28,6 +28,7 @@ struct PlanInput {
   int32_t half_rotary;           // R / 2
   int64_t window;                // 0: none
   bool packed;                   // queries come worker after worker, [T, H, D]
+  int32_t row_group;             // most rows of a row group
   const int32_t* offsets;        // [W, S]
   const int32_t* lengths;        // [S]
   const int32_t* query_lengths;  // [W]
@@ -50,7 +51,7 @@ class Plan {
 
  private:
   void cut_chunks(int32_t kv_heads);
-  void group_rows(int32_t group);
+  void group_rows(int32_t group, int32_t most_rows);
   void list_visits(int32_t group);
   void tabulate_angles(const PlanInput& input, FillAngles fill_angles);
   void publish();

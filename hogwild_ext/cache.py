@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from . import _C, checks
+from .backends import Backend, PagedLayers, Scoring, backend_for
 from .pages import EMPTY_TABLE, PAGE_SIZE, PagePool, PagesExhausted, PageTable, pages_for
 from .step import Step
 from .token_log import TokenLog
@@ -142,7 +143,8 @@ class SegmentCache:
             make up for that there are `spare_pages` pages beyond `max_tokens`: with up to that
             many segments, `max_tokens` tokens fit however they are spread.
         dtype: float32, float16 or bfloat16; queries, keys and values must come in it.
-        device: "cpu". The memory is reserved at once, but used page by page.
+        device: "cpu", or a GPU as torch names it. The memory is reserved at once; on the CPU it is
+            used page by page.
         rope_scale, interleaved, scale, softcap, window: as in `concurrent_attention`.
         max_position: number of positions that the model knows; a step whose view is longer is
             refused. None: no limit.
@@ -173,15 +175,18 @@ class SegmentCache:
     ) -> None:
         self.num_layers = checks.is_integer("num_layers", num_layers, 1)
         self.num_kv_heads = checks.is_integer("num_kv_heads", num_kv_heads, 1)
-        self.head_dim = _head_dim("head_dim", head_dim)
-        self.value_dim = self.head_dim if value_dim is None else _head_dim("value_dim", value_dim)
+        self.head_dim = checks.is_integer("head_dim", head_dim, 1)
+        self.value_dim = (
+            self.head_dim if value_dim is None else checks.is_integer("value_dim", value_dim, 1)
+        )
+        self.device, self._backend = _device("device", device)
+        self._backend.check_head_dims(("head_dim", "value_dim"), self.head_dim, self.value_dim)
         self.inv_freq = checks.is_inv_freq(
             inv_freq, self.head_dim
         ).copy()  # the caller's may change
         self.inv_freq.flags.writeable = False
         self.max_tokens = checks.is_integer("max_tokens", max_tokens, 1, 2**30)
         self.dtype = checks.is_storage_dtype("dtype", dtype)
-        self.device = _device("device", device)
         self.rope_scale = checks.is_number("rope_scale", rope_scale)
         self.interleaved = checks.is_bool("interleaved", interleaved)
         self.scale = self.head_dim**-0.5 if scale is None else checks.is_number("scale", scale)
@@ -200,17 +205,27 @@ class SegmentCache:
         self._growing: dict[Segment, tuple[PageTable, int]] = {}  # tables and lengths to be
         self._pool = PagePool(pages_for(self.max_tokens) + self.spare_pages)
 
-        # The shape of everything stored, as the compiled functions want it.
-        self._shape = (checks.DTYPE_CODES[dtype], self.num_kv_heads, self.head_dim, self.value_dim)
-        code, heads, dim, value = self._shape
-        key_shape = (self._pool.count, _C.key_page_elements(code, heads, dim))
-        value_shape = (self._pool.count, _C.value_page_elements(code, heads, value))
+        code = checks.DTYPE_CODES[dtype]
+        shape_of = self._backend.page_shape
+        pages = self._pool.count
+        key_shape = (pages, *shape_of(code, self.num_kv_heads, self.head_dim, True))
+        value_shape = (pages, *shape_of(code, self.num_kv_heads, self.value_dim, False))
         layers = range(self.num_layers)
         # Never read before it is written: torch.empty leaves it to the operating system.
         self._keys = [torch.empty(key_shape, dtype=dtype, device=self.device) for _ in layers]
         self._values = [torch.empty(value_shape, dtype=dtype, device=self.device) for _ in layers]
-        self._key_addresses = [storage.data_ptr() for storage in self._keys]
-        self._value_addresses = [storage.data_ptr() for storage in self._values]
+        self._layers = PagedLayers(
+            code,
+            self.num_kv_heads,
+            self.head_dim,
+            self.value_dim,
+            self.inv_freq,
+            Scoring(self.scale, self.rope_scale, self.interleaved, self.softcap),
+            self._keys,
+            self._values,
+            [storage.data_ptr() for storage in self._keys],
+            [storage.data_ptr() for storage in self._values],
+        )
 
     @classmethod
     def for_model(cls, model: Any, max_tokens: int = 65536) -> SegmentCache:
@@ -297,18 +312,7 @@ class SegmentCache:
             target._length = start + count
             self._check_capacity()
             if start and count:
-                _C.commit(
-                    *self._shape,
-                    self._key_addresses,
-                    self._value_addresses,
-                    pages,
-                    count,
-                    target._table,
-                    start,
-                    self.inv_freq,
-                    self.interleaved,
-                    torch.get_num_threads(),
-                )
+                self._backend.commit(self._layers, pages, count, target._table, start)
             target._log.extend_from(source._log)
             source._log = TokenLog()
 
@@ -393,15 +397,7 @@ class SegmentCache:
         """A table for `count` more tokens; where they would write into a shared page, its copy."""
         table, copy = self._pool.grow(segment._table, segment._length, count)
         if copy:
-            source, target = np.array(copy, np.int32).reshape(2, 1)
-            _C.copy_pages(
-                *self._shape,
-                self._key_addresses,
-                self._value_addresses,
-                source,
-                target,
-                torch.get_num_threads(),
-            )
+            self._backend.copy_page(self._layers, *copy, segment._length % PAGE_SIZE)
         return table
 
     def _check_capacity(self) -> None:
@@ -412,14 +408,7 @@ class SegmentCache:
     def _read(self, segment: Segment, layer: int, is_key: bool) -> torch.Tensor:
         self._check_segment("segment", segment)
         layer = checks.is_integer("layer", layer, 0, self.num_layers - 1)
-        dim = self.head_dim if is_key else self.value_dim
-        pages = (self._key_addresses if is_key else self._value_addresses)[layer]
-        shape = (segment._length, self.num_kv_heads, dim)
-        rows = torch.empty(shape, dtype=self.dtype, device=self.device)
-        code, heads = self._shape[:2]
-        table = segment._table
-        _C.read_pages(code, heads, dim, pages, is_key, table, 0, segment._length, rows.data_ptr())
-        return rows
+        return self._backend.read(self._layers, layer, is_key, segment._table, segment._length)
 
     def _require_idle(self, what: str) -> None:
         if self._busy is not None:
@@ -536,11 +525,7 @@ class _Savepoint:
         self._cache._busy = None
 
 
-def _head_dim(name: str, dim: int) -> int:
-    return checks.is_head_dim(name, checks.is_integer(name, dim, 1))
-
-
-def _device(name: str, device: torch.device | str) -> torch.device:
+def _device(name: str, device: torch.device | str) -> tuple[torch.device, Backend]:
     if not isinstance(device, (torch.device, str)):
         raise TypeError(
             f"{name}: expected a torch.device or its name, got {checks.describe(device)}"
@@ -549,8 +534,8 @@ def _device(name: str, device: torch.device | str) -> torch.device:
         device = torch.device(device)
     except RuntimeError:
         raise ValueError(f"{name}: expected a device or its name, got {device!r}") from None
-    checks.is_available_device(name, device)
-    return torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
+    backend = backend_for(name, device)
+    return torch.empty(0, device=device).device, backend  # "cuda" -> "cuda:0"
 
 
 def _token_lists(

@@ -59,16 +59,6 @@ def is_storage_dtype(name: str, dtype: Any) -> torch.dtype:
     return dtype
 
 
-def is_available_device(name: str, device: torch.device) -> None:
-    """The CPU; other devices have no backend in this build."""
-    if device.type == "cpu":
-        return
-    backends = ", ".join(_C.backends)
-    raise ValueError(
-        f"{name}: expected a device that this build has a backend for ({backends}), got {device}"
-    )
-
-
 def has_no_grad(name: str, value: torch.Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(

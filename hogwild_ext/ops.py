@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C, checks
+from .backends import PlanInput, Scoring, backend_for
 
 HIDDEN: int = _C.HIDDEN
 """Offset of a segment that a worker does not see."""
@@ -85,11 +86,12 @@ def concurrent_attention(
 
     checks.is_tensor("query", query, 4, _QUERY)
     code = checks.DTYPE_CODES[checks.is_storage_dtype("query", query.dtype)]
-    checks.is_available_device("query", query.device)
+    backend = backend_for("query", query.device)
     checks.has_no_grad("query", query)
     workers, queries, num_heads, head_dim = query.shape
-    checks.is_head_dim("query", head_dim)
+    backend.check_head_dims(("query", "query"), head_dim, head_dim)
     segments, lengths, kv_heads, value_dim = _check_segments(query, keys, values)
+    backend.check_head_dims(("query", "values[0]"), head_dim, value_dim)
     checks.heads_divide(num_heads, kv_heads)
 
     what = f"integers [workers, segments] = [{workers}, {len(lengths)}]"
@@ -119,15 +121,11 @@ def concurrent_attention(
         _check_out(out, shape, query, [*keys, *values])
     lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device) if return_lse else None
 
-    plan = _C.Plan(
+    layout = PlanInput(
         offsets_array, lengths, brought, frequencies, num_heads // kv_heads, kv_heads, window
     )
-    _C.attend_rows(
-        plan, code, num_heads, kv_heads, head_dim, value_dim,
-        (query.data_ptr(), *query.stride()[:3]), segments, (out.data_ptr(), *out.stride()[:3]),
-        0 if lse is None else lse.data_ptr(), queries, scale, rope_scale, interleaved, softcap,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    scoring = Scoring(scale, rope_scale, interleaved, softcap)
+    backend.attend_rows(layout, code, query, keys, values, segments, out, lse, scoring)
     return out if lse is None else (out, lse)
 
 
@@ -161,7 +159,6 @@ def _check_segments(
             if grad:
                 checks.has_no_grad(full, tensor)
     kv_heads, value_dim = keys[0].shape[1], values[0].shape[2]
-    checks.is_head_dim("values[0]", value_dim)
     segments: list[tuple[int, ...]] = []
     lengths: list[int] = []
     for s, (key, value) in enumerate(zip(keys, values, strict=True)):

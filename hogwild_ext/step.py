@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import _C, checks
+from . import checks
+from .backends import PlanInput
 from .pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Step:
 
         # What attend compares with in every layer. Only the queries tell how many heads there are,
         # so that the plan is made in the first layer.
-        self._plan: _C.Plan | None = None
+        self._plan: Any = None  # the backend's
         self._threads = 1
         self._query_shape: tuple[int, ...] = ()
         self._key_shape = (self.num_tokens, cache.num_kv_heads, cache.head_dim)
@@ -171,25 +172,10 @@ class Step:
             out = torch.empty(self._out_shape, dtype=dtype, device=device)
         else:
             self._check_out(out, query, key, value)
-        query_token, query_head, _ = query.stride()
-        key_token, key_head, _ = key.stride()
-        value_token, value_head, _ = value.stride()
-        out_token, out_head, _ = out.stride()
-
-        code, kv_heads, head_dim, value_dim = cache._shape
-        key_pages, value_pages = cache._key_addresses[layer], cache._value_addresses[layer]
         started = time.perf_counter()
-        _C.append(
-            self._plan, code, kv_heads, head_dim, value_dim,
-            (key.data_ptr(), key_token, key_head), (value.data_ptr(), value_token, value_head),
-            key_pages, value_pages, cache.rope_scale, cache.interleaved, self._threads,
-        )  # fmt: skip
-        _C.attend_paged(
-            self._plan, code, self._query_shape[1], kv_heads, head_dim, value_dim,
-            (query.data_ptr(), 0, query_token, query_head), key_pages, value_pages,
-            (out.data_ptr(), 0, out_token, out_head), 0, cache.scale, cache.rope_scale,
-            cache.interleaved, cache.softcap, self._threads,
-        )  # fmt: skip
+        cache._backend.attend_layer(
+            self._plan, cache._layers, layer, query, key, value, out, self._threads
+        )
         self._attended[layer] = True
         cache.stats.attention_seconds += time.perf_counter() - started
         return out
@@ -238,7 +224,7 @@ class Step:
         names = ("query", "key", "value")
         checks.is_writable_apart("out", out, zip(names, inputs, strict=True))
 
-    def _make_plan(self, group: int) -> _C.Plan:
+    def _make_plan(self, group: int) -> Any:
         """The plan of all layers whose queries have `group` heads for each KV head."""
         cache = self._cache
         tables, lengths = [], []
@@ -251,7 +237,7 @@ class Step:
             places = np.arange(len(segment), len(segment) + size)
             pages = cache._growing[segment][0][places // PAGE_SIZE]
             slots.append(pages * PAGE_SIZE + places % PAGE_SIZE)
-        return _C.Plan(
+        layout = PlanInput(
             self._offsets,
             np.array(lengths, np.int32),
             np.array(self.query_lengths, np.int32),
@@ -264,6 +250,7 @@ class Step:
             np.concatenate(slots).astype(np.int32),
             packed=True,
         )
+        return cache._backend.plan_step(cache._layers, layout)
 
     def _store(self) -> None:
         """Make the new tokens part of their segments."""

@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from emulator import session as emulated_gpu
+
+# HOGWILD_EMULATE=1: what else runs on the CPU runs on the emulated GPU; see emulator/README.md.
+EMULATED = emulated_gpu.start() if emulated_gpu.wanted() else None
+
 # Examples a property: HYPOTHESIS_PROFILE=thorough looks ten times as long as CI does.
 # No deadline: an example's time depends on what else the machine does.
 for profile, examples in (("quick", 25), ("ci", 150), ("thorough", 1500)):
@@ -79,6 +84,11 @@ def one_thread(_threads_restored: None) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if EMULATED:
+        skip = pytest.mark.skip(reason="is about the CPU, and HOGWILD_EMULATE is set")
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(skip)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch.cuda.is_available() is false")

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 import hogwild_ext as hx
+from emulator import session as emulated_gpu
 from hogwild_ext._reference import eager_attention, reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HIDDEN = -(2**31)
 FURTHEST = 2**31 - 1
+GPU_DIMS = [64, 96, 128, 256]  # head dimensions of keys and of values alike
 TILE = 64  # tokens that the op loads together: a key may reach the rows of its tile, no others
 
 # How a [tokens, heads, dim] tensor lies in memory.
@@ -177,7 +179,12 @@ def random_case(
     rotary_dim: int | None = None,
     **options: Any,
 ) -> Case:
-    """A plain case of workers with views, standard normal and dense."""
+    """A plain case of workers with views, standard normal and dense.
+
+    On the emulated GPU the head dimension is the next one that it has.
+    """
+    if emulated_gpu.wanted():
+        dim = value_dim = next(d for d in GPU_DIMS if d >= max(dim, value_dim or dim))
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -244,8 +251,10 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 @st.composite
 def _head_dims(draw: st.DrawFn) -> tuple[int, int]:
-    """D and Dv: the usual ones, or any multiples of 8 up to 256."""
-    usual = st.sampled_from([64, 96, 128, 256])
+    """D and Dv: the usual ones, or any multiples of 8 up to 256; on a GPU the usual ones, equal."""
+    usual = st.sampled_from(GPU_DIMS)
+    if emulated_gpu.wanted():
+        return (dim := draw(usual)), dim
     any_dim = st.integers(1, 32).map(lambda n: 8 * n)
     dim = draw(usual | any_dim)
     return dim, draw(st.just(dim) | usual | any_dim)

@@ -221,6 +221,7 @@ def test_isa_is_the_forced_one() -> None:
     assert hx._C.isa() == forced
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif("HOGWILD_ISA" in os.environ, reason="one instruction set is forced already")
 @pytest.mark.parametrize("isa", ISAS)
 def test_each_isa(isa: str, seed: int) -> None:

@@ -17,7 +17,8 @@
 //
 // Tiles travel through a ring in shared memory, keys and values alternately:
 //
-//     ring of 4:   K0 V0 K1 V1 | while the scores of tile t are computed, the values of t + 1 are asked
+//     ring of 4:   K0 V0 K1 V1 | while the scores of tile t are computed, the values of t + 1 are
+//     asked
 //                              | for; while its values are accumulated, the keys of t + 2
 //     ring of 3:   K0 V0 K1    | the keys of t + 1; the values of t + 1
 //     ring of 2:   K0 V0       | the values of t; the keys of t + 1
@@ -39,15 +40,17 @@ struct Shape {
   static constexpr int WARP_TILES = ROW_TILES == 4 ? 2 : ROW_TILES;  // row tiles of one warp
   static constexpr int WARPS = 4 * (ROW_TILES / WARP_TILES);
   static constexpr int THREADS = WARPS * WARP;
-  static constexpr int BLOCKS = D > 128 || WARPS == 8 ? 1 : ROW_TILES == 1 ? 3 : 2;  // a multiprocessor
-  static constexpr int STEPS = D / 16;      // of the sum over D
+  static constexpr int BLOCKS = D > 128 || WARPS == 8 ? 1
+                                : ROW_TILES == 1      ? 3
+                                                      : 2;  // a multiprocessor
+  static constexpr int STEPS = D / 16;  // of the sum over D
   static constexpr int OUT_TILES = D / 32;  // 8 dimensions each, of one warp
   // The rotated queries stay in registers where they fit.
   static constexpr bool HOLD_QUERIES = WARP_TILES * D <= 256;
 
   static constexpr int ROW_BYTES = 2 * D;
-  static constexpr int CHUNKS = D / 8;                 // 16 bytes each, of a row
-  static constexpr int PERIOD = D % 64 ? 4 : 8;        // chunks that a swizzle permutes
+  static constexpr int CHUNKS = D / 8;  // 16 bytes each, of a row
+  static constexpr int PERIOD = D % 64 ? 4 : 8;  // chunks that a swizzle permutes
   static constexpr int TILE_BYTES = TILE * ROW_BYTES;
   static constexpr int QUERY_BYTES = ROWS * ROW_BYTES;
   static constexpr int PROBABILITY_BYTES = ROWS * TILE * 2;
@@ -110,8 +113,8 @@ struct Attention {
   Row* const rows;
   Limits* const limits;
   uint4* const maxima;  // [ROWS / 2] pairs of rows, one of each quarter of a tile's keys
-  float4* const sums;   // [ROWS], likewise
-  const uint32_t key_place, copy_place;        // of the first tile in the ring
+  float4* const sums;  // [ROWS], likewise
+  const uint32_t key_place, copy_place;  // of the first tile in the ring
   uint32_t value_place[(OUT_TILES + 1) / 2];  // the same, of two tiles of dimensions each
   const uint32_t probability_store, probability_load;
   const uint32_t maximum_load, maximum_store;
@@ -125,7 +128,7 @@ struct Attention {
   // The largest score of the visit so far, before scaling, rounded to bfloat16: what a softmax
   // subtracts need not be exact, and two rows then travel in one register.
   uint32_t row_max[WARP_TILES];
-  float bias[WARP_TILES][2];     // its negative in powers of two
+  float bias[WARP_TILES][2];  // its negative in powers of two
   float row_sum[WARP_TILES][2];  // this lane's share
   float folded_max[WARP_TILES][2], folded_sum[WARP_TILES][2];
 
@@ -147,11 +150,9 @@ struct Attention {
         sums(reinterpret_cast<float4*>(maxima + S::ROWS / 2)),
         key_place(kept(ring + S::place(quarter * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2))),
         copy_place(kept(ring + S::place(threadIdx.x / COLUMNS, threadIdx.x % COLUMNS))),
-        probability_store(kept(probabilities +
-                               probability_place(first_row + lane / 4, quarter * 2) +
-                               lane % 4 * 4)),
-        probability_load(
-            kept(probabilities + probability_place(first_row + lane % 16, lane / 16))),
+        probability_store(kept(
+            probabilities + probability_place(first_row + lane / 4, quarter * 2) + lane % 4 * 4)),
+        probability_load(kept(probabilities + probability_place(first_row + lane % 16, lane / 16))),
         maximum_load(kept(shared_address(maxima + first_row / 2 + lane / 4))),
         maximum_store(kept(maximum_load + quarter * 4)) {
 #pragma unroll
@@ -264,14 +265,14 @@ struct Attention {
   // The tiles of a visit, counted from its first, and where they lie.
   struct Source {
     KeyRange keys;
-    int end;             // tiles before it are wanted
-    int whole_end;       // tiles before it are wanted and whole pages
-    int paged_end;       // tiles before it are wanted and pages
-    const char* key;     // page 0, this thread's first chunk
+    int end;  // tiles before it are wanted
+    int whole_end;  // tiles before it are wanted and whole pages
+    int paged_end;  // tiles before it are wanted and pages
+    const char* key;  // page 0, this thread's first chunk
     const char* value;
     int32_t page_bytes;  // from one page of all heads to the next
     const int32_t* pages;  // of the visit's tiles
-    int32_t page[3];     // of tiles t + 1, t + 2, t + 3 while tile t is attended
+    int32_t page[3];  // of tiles t + 1, t + 2, t + 3 while tile t is attended
   };
 
   __device__ __forceinline__ Source start(const KeyRange& keys, const Reach& reach) const {
@@ -474,7 +475,8 @@ struct Attention {
         float p[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          p[i] = exp2_fast(__fmaf_rn(score[tile][i / 2][2 * half + i % 2], scale, bias[tile][half]));
+          p[i] =
+              exp2_fast(__fmaf_rn(score[tile][i / 2][2 * half + i % 2], scale, bias[tile][half]));
         row_sum[tile][half] += (p[0] + p[1]) + (p[2] + p[3]);
 #pragma unroll
         for (int n = 0; n < 2; ++n)

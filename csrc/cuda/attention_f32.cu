@@ -9,9 +9,9 @@ template <int D>
 void launch_head_dim(const AttendParams& params, unsigned blocks, cudaStream_t stream) {
   using S = ShapeF32<D>;
   auto* kernel = attend_f32_kernel<D>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             S::shared_bytes()),
-        "attention: shared memory");
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes()),
+      "attention: shared memory");
   kernel<<<blocks, S::THREADS, S::shared_bytes(), stream>>>(params);
   check(cudaGetLastError(), "attention: launch");
 }

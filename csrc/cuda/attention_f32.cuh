@@ -36,13 +36,13 @@ struct AttentionF32 {
   const int head;
   const int lane, warp;
 
-  float* const tile;           // [TILE, STRIDE]
-  float* const queries;        // [ROWS, STRIDE]
+  float* const tile;  // [TILE, STRIDE]
+  float* const queries;  // [ROWS, STRIDE]
   float* const probabilities;  // [ROWS, PROBABILITY_STRIDE]
   Row* const rows;
   Limits* const limits;
   float* const halves;  // [ROWS, 2]: maxima, then sums, of 32 keys each
-  float* const shrinks; // [ROWS]
+  float* const shrinks;  // [ROWS]
   float* const totals;  // [ROWS]
   int segment = -1;
 
@@ -126,8 +126,8 @@ struct AttentionF32 {
       const float4 k = *reinterpret_cast<const float4*>(tile + l * S::STRIDE + d);
 #pragma unroll
       for (int i = 0; i < S::SCORE_ROWS; ++i) {
-        const float4 q = *reinterpret_cast<const float4*>(
-            queries + (2 * i + warp / 2) * S::STRIDE + d);
+        const float4 q =
+            *reinterpret_cast<const float4*>(queries + (2 * i + warp / 2) * S::STRIDE + d);
         score[i] = __fmaf_rn(q.x, k.x, score[i]);
         score[i] = __fmaf_rn(q.y, k.y, score[i]);
         score[i] = __fmaf_rn(q.z, k.z, score[i]);

@@ -107,6 +107,10 @@ struct DeviceState {
 // Never throws: a missing driver, one too old for this runtime, a GPU below sm_80 or one that the
 // binary has no code for are sentences in `why_not`.
 DeviceState device_state(int32_t device);
+// The sentence for a machine: versions as CUDA counts them (13000), 0 where there is none;
+// capabilities as 90 for 9.0; of the build's architectures the newest is there as PTX too.
+std::string why_not(int32_t runtime, int32_t driver, int32_t devices, int32_t gpu,
+                    const std::vector<int32_t>& built);
 std::vector<int32_t> built_architectures();  // such as {80, 90}
 
 }  // namespace hogwild::cuda

@@ -1,12 +1,11 @@
 // Launchers of everything but the attention kernels, and the operations of backend.h.
 
-#include "launch.h"
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
 #include "small.cuh"
 
 namespace hogwild::cuda {
@@ -131,8 +130,12 @@ void append(const AppendArgs& args, void* stream_address) {
 void move(const MoveArgs& args, void* stream_address) {
   if (args.length == 0 || args.num_layers == 0) return;
   const auto stream = static_cast<cudaStream_t>(stream_address);
-  const MoveParams params{static_cast<const char*>(args.tables), args.heads.kv_heads,
-                          args.heads.head_dim, args.num_layers, args.length, args.target_length,
+  const MoveParams params{static_cast<const char*>(args.tables),
+                          args.heads.kv_heads,
+                          args.heads.head_dim,
+                          args.num_layers,
+                          args.length,
+                          args.target_length,
                           args.interleaved};
   const dim3 blocks(unsigned(std::min(args.length, 4096)), unsigned(args.num_layers));
   dispatch(args.heads.dtype, [&](auto type) {

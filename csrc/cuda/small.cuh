@@ -88,16 +88,15 @@ __global__ void __launch_bounds__(SMALL_THREADS)
   for (int i = blockIdx.x; i < work; i += gridDim.x) {
     const int t = i / params.kv_heads, head = i % params.kv_heads;
     const int32_t slot = header.array<int32_t>(header.slots)[t];
-    const int64_t to =
-        ((int64_t(slot / TILE) * params.kv_heads + head) * TILE + slot % TILE) * D;
+    const int64_t to = ((int64_t(slot / TILE) * params.kv_heads + head) * TILE + slot % TILE) * D;
     const Element* key = static_cast<const Element*>(params.keys.data) +
                          t * params.keys.token_stride + head * params.keys.head_stride;
     const Element* value = static_cast<const Element*>(params.values.data) +
                            t * params.values.token_stride + head * params.values.head_stride;
     const float* angles = header.array<float>(header.key_angles) + int64_t(t) * 2 * half;
     for (int d = threadIdx.x; d < D; d += SMALL_THREADS) {
-      static_cast<Element*>(params.key_pages)[to + d] = T::narrow(
-          rotated_key<T>(key, angles, half, d, params.interleaved, params.rope_scale));
+      static_cast<Element*>(params.key_pages)[to + d] =
+          T::narrow(rotated_key<T>(key, angles, half, d, params.interleaved, params.rope_scale));
       static_cast<Element*>(params.value_pages)[to + d] = value[d];
     }
   }
@@ -133,8 +132,8 @@ __global__ void __launch_bounds__(SMALL_THREADS)
       const int head = i / int(D), d = i % int(D);
       const int64_t from = ((from_page * params.kv_heads + head) * TILE + l % TILE) * D;
       const int64_t to = ((to_page * params.kv_heads + head) * TILE + goal % TILE) * D;
-      keys[to + d] = T::narrow(rotated_key<T>(keys + from, angles, header.half_rotary, d,
-                                              params.interleaved, 1.f));
+      keys[to + d] = T::narrow(
+          rotated_key<T>(keys + from, angles, header.half_rotary, d, params.interleaved, 1.f));
       values[to + d] = values[from + d];
     }
   }

@@ -88,7 +88,8 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
                       plan.first_tile[chunk.segment] + chunk.begin / TILE});
   }
 
-  int64_t runs_wanted = ceil_div(ITEMS_WANTED, std::max<int64_t>(1, int64_t(plan.num_groups) * kv_heads));
+  int64_t runs_wanted =
+      ceil_div(ITEMS_WANTED, std::max<int64_t>(1, int64_t(plan.num_groups) * kv_heads));
   // Fewer cuts where their results would take too much memory.
   for (;; runs_wanted = (runs_wanted + 1) / 2) {
     items.clear();
@@ -138,8 +139,8 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
       for (int32_t r = part.first_row; r < part.last_row; ++r) {
         const int32_t within = part.head_row + r - part.first_row;
         const int32_t token = within / group;
-        rows[group_rows.row_begin + r] = {part.worker, token,
-                                          plan.query_start[part.worker] + token, within % group};
+        rows[group_rows.row_begin + r] = {part.worker, token, plan.query_start[part.worker] + token,
+                                          within % group};
       }
     }
   }

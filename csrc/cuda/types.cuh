@@ -135,7 +135,7 @@ __device__ __forceinline__ Weights fold(float& max_a, float& sum_a, float max_b,
 }
 
 __device__ __forceinline__ float fold(const Weights& w, float a, float b) {
-  return w.how == Fold::Keep ? a
+  return w.how == Fold::Keep      ? a
          : w.how == Fold::Replace ? b
                                   : __fmaf_rn(a, w.kept, __fmul_rn(b, w.added));
 }

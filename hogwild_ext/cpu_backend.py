@@ -1,0 +1,96 @@
+"""The CPU backend: addresses of the tensors, and the number of threads that torch uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _C, checks
+from .backends import Ints, PagedLayers, PlanInput, Scoring
+
+
+class CpuBackend:
+    """See `backends.Backend`."""
+
+    def check_head_dims(self, names: tuple[str, str], head_dim: int, value_dim: int) -> None:
+        for name, dim in zip(names, (head_dim, value_dim), strict=True):
+            checks.is_head_dim(name, dim)
+
+    def page_shape(self, dtype: int, kv_heads: int, dim: int, is_key: bool) -> tuple[int, ...]:
+        elements = _C.key_page_elements if is_key else _C.value_page_elements
+        return (elements(dtype, kv_heads, dim),)
+
+    def plan_step(self, layers: PagedLayers, layout: PlanInput) -> _C.Plan:
+        return layout.plan(_C.ROW_GROUP)
+
+    def attend_layer(
+        self, plan: _C.Plan, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,
+        value: Tensor, out: Tensor, threads: int,
+    ) -> None:  # fmt: skip
+        query_token, query_head, _ = query.stride()
+        key_token, key_head, _ = key.stride()
+        value_token, value_head, _ = value.stride()
+        out_token, out_head, _ = out.stride()
+        dtype, kv_heads, head_dim, value_dim = (
+            layers.dtype, layers.kv_heads, layers.head_dim, layers.value_dim,
+        )  # fmt: skip
+        key_pages, value_pages = layers.key_addresses[layer], layers.value_addresses[layer]
+        scoring = layers.scoring
+        _C.append(
+            plan, dtype, kv_heads, head_dim, value_dim,
+            (key.data_ptr(), key_token, key_head), (value.data_ptr(), value_token, value_head),
+            key_pages, value_pages, scoring.rope_scale, scoring.interleaved, threads,
+        )  # fmt: skip
+        _C.attend_paged(
+            plan, dtype, query.shape[1], kv_heads, head_dim, value_dim,
+            (query.data_ptr(), 0, query_token, query_head), key_pages, value_pages,
+            (out.data_ptr(), 0, out_token, out_head), 0, scoring.scale, scoring.rope_scale,
+            scoring.interleaved, scoring.softcap, threads,
+        )  # fmt: skip
+
+    def attend_rows(
+        self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],
+        values: Sequence[Tensor], segments: list[tuple[int, ...]], out: Tensor,
+        lse: Tensor | None, scoring: Scoring,
+    ) -> None:  # fmt: skip
+        queries, num_heads, head_dim = query.shape[1:]
+        _C.attend_rows(
+            layout.plan(_C.ROW_GROUP), dtype, num_heads, layout.kv_heads, head_dim, out.shape[3],
+            (query.data_ptr(), *query.stride()[:3]), segments, (out.data_ptr(), *out.stride()[:3]),
+            0 if lse is None else lse.data_ptr(), queries, scoring.scale, scoring.rope_scale,
+            scoring.interleaved, scoring.softcap, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def commit(
+        self, layers: PagedLayers, source: Ints, count: int, target: Ints, target_length: int
+    ) -> None:
+        _C.commit(
+            layers.dtype, layers.kv_heads, layers.head_dim, layers.value_dim, layers.key_addresses,
+            layers.value_addresses, source, count, target, target_length, layers.inv_freq,
+            layers.scoring.interleaved, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def copy_page(self, layers: PagedLayers, source: int, target: int, rows: int) -> None:
+        _C.copy_pages(
+            layers.dtype, layers.kv_heads, layers.head_dim, layers.value_dim, layers.key_addresses,
+            layers.value_addresses, np.array([source], np.int32), np.array([target], np.int32),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def read(
+        self, layers: PagedLayers, layer: int, is_key: bool, table: Ints, length: int
+    ) -> Tensor:
+        pages = (layers.keys if is_key else layers.values)[layer]
+        dim = layers.head_dim if is_key else layers.value_dim
+        rows = torch.empty((length, layers.kv_heads, dim), dtype=pages.dtype)
+        _C.read_pages(
+            layers.dtype, layers.kv_heads, dim, pages.data_ptr(), is_key, table, 0, length,
+            rows.data_ptr(),
+        )  # fmt: skip
+        return rows
+
+
+CPU = CpuBackend()

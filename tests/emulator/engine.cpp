@@ -1,0 +1,1461 @@
+// See engine.h. A warp's registers are arrays of 32 lanes; an opcode is a function on them, found
+// by its full name, types and modifiers included, so that a name that is not in the table is
+// refused.
+//
+// Warps of a block run one after the other, each until a barrier. Lanes of a warp that part run the
+// part with the smallest program counter first, so that they meet again where the code does.
+
+#include "engine.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using s16 = int16_t;
+using s32 = int32_t;
+using s64 = int64_t;
+
+constexpr int LANES = 32;
+constexpr u32 ALL = ~0u;
+constexpr int GRANULE = 2;  // bytes that are watched together
+constexpr u64 MOST_INSTRUCTIONS = u64(1) << 34;
+
+std::string last_error;
+int checks = 1;
+EmuCounters counters;
+
+// ---- programs -----------------------------------------------------------------------------
+
+struct Warp;
+struct Instruction;
+using Handler = void (*)(Warp&, const Instruction&, u32 mask);
+
+struct Instruction {
+  Handler run;
+  int kind;  // see below
+  int predicate = -1;  // offset of its register, or -1
+  bool negated = false;
+  int d[8], s[12];  // offsets of registers
+  int num_d = 0, num_s = 0;
+  s64 immediate = 0;  // of an address, or a count
+  int target = -1;
+  int file = 0, line = 0, ptx_line = 0;
+};
+
+enum Kind { PLAIN, BRANCH, EXIT, BARRIER };
+
+struct Special {
+  int offset;
+  std::string name;
+};
+
+struct Constant {
+  int offset, width;
+  u64 value;
+};
+
+struct Program {
+  std::string name;
+  EmuKernelInfo info{};
+  std::vector<int> param_bytes;
+  int register_bytes = 0;
+  std::vector<Constant> constants;
+  std::vector<Special> specials;
+  std::vector<Instruction> code;
+  std::vector<std::string> files;
+  std::vector<u64> line_counts;
+};
+
+std::map<std::string, std::unique_ptr<Program>>& programs() {
+  static std::map<std::string, std::unique_ptr<Program>> all;
+  return all;
+}
+
+// ---- findings -----------------------------------------------------------------------------
+
+struct Found {
+  std::string kind, kernel, file;
+  EmuFinding public_part;
+};
+std::vector<std::unique_ptr<Found>> findings;
+std::map<std::string, size_t> finding_places;
+
+// ---- global memory ------------------------------------------------------------------------
+
+// Who touched a granule last: launch in the high half, block in the low one.
+struct Touch {
+  u64 writer = 0, reader = 0;
+};
+constexpr u64 SEVERAL = 0xffffffff;
+
+struct Region {
+  u64 begin, end;
+  std::vector<u8> initialised;  // a granule each
+  std::vector<Touch> touches;
+
+  bool has(u64 address, u64 bytes) const { return address >= begin && address + bytes <= end; }
+};
+
+std::map<u64, std::unique_ptr<Region>> regions;  // by address
+u64 launch_serial = 0;
+
+Region* find_region(u64 address, u64 bytes) {
+  auto next = regions.upper_bound(address);
+  while (next != regions.begin()) {  // regions may lie within each other
+    --next;
+    if (next->second->has(address, bytes)) return next->second.get();
+    if (address - next->first > (u64(1) << 40)) break;
+  }
+  return nullptr;
+}
+
+// ---- blocks and warps ---------------------------------------------------------------------
+
+struct SharedGranule {
+  s32 write_epoch = -1, read_epoch = -1;
+  s16 write_warp = -1, read_warp = -1;  // -2: several
+  s16 write_lane = -1;
+  u32 write_moment = 0;  // the warp's, see Warp::moment
+  u8 initialised = 0, in_flight = 0;
+};
+
+struct Block {
+  Program& program;
+  const u8* params;
+  u64 param_bytes;
+  int id;
+  u32 index[3], grid[3], size[3];
+  int threads;
+  std::vector<u8> shared;
+  std::vector<SharedGranule> granules;
+  s32 epoch = 0;
+};
+
+struct Copy {
+  u32 to;
+  int bytes, group;
+  u8 data[16];
+};
+
+struct Warp {
+  Block& block;
+  int number;
+  u32 alive;
+  std::vector<u64> storage;
+  int pc = 0;  // of all lanes that are alive, if they are together
+  bool together = true;
+  int pcs[LANES];
+  bool waiting = false;
+  int barrier = 0;
+  u32 moment = 0;  // counts what orders memory within the warp
+  int group[LANES] = {};  // of copies
+  std::vector<Copy> copies[LANES];
+  const Instruction* current = nullptr;
+
+  Warp(Block& b, int n) : block(b), number(n), storage((b.program.register_bytes + 7) / 8) {
+    const int first = n * LANES;
+    alive = b.threads - first >= LANES ? ALL : (1u << (b.threads - first)) - 1;
+  }
+
+  template <class T>
+  T* reg(int offset) {
+    return reinterpret_cast<T*>(reinterpret_cast<u8*>(storage.data()) + offset);
+  }
+  int thread(int lane) const { return number * LANES + lane; }
+
+  void report(const char* kind, int lane, u64 address = 0, int other = -1) {
+    const Instruction& i = *current;
+    const std::string place =
+        std::string(kind) + "|" + block.program.name + "|" + std::to_string(i.ptx_line);
+    const auto found = finding_places.find(place);
+    if (found != finding_places.end()) {
+      ++findings[found->second]->public_part.count;
+      return;
+    }
+    auto f = std::make_unique<Found>();
+    f->kind = kind;
+    f->kernel = block.program.name;
+    if (i.file < int(block.program.files.size())) f->file = block.program.files[i.file];
+    f->public_part = {f->kind.c_str(),
+                      f->kernel.c_str(),
+                      f->file.c_str(),
+                      i.line,
+                      i.ptx_line,
+                      block.id,
+                      lane < 0 ? -1 : thread(lane),
+                      other,
+                      address,
+                      1};
+    finding_places[place] = findings.size();
+    findings.push_back(std::move(f));
+  }
+};
+
+// ---- watching -----------------------------------------------------------------------------
+
+bool watch_shared(Warp& w, int lane, u32 address, int bytes, bool write) {
+  Block& b = w.block;
+  if (u64(address) + bytes > b.shared.size()) {
+    w.report(write ? "shared write out of bounds" : "shared read out of bounds", lane, address);
+    return false;
+  }
+  if (address % bytes) {
+    w.report("misaligned shared access", lane, address);
+    return false;
+  }
+  if (!checks) return true;
+  for (u32 g = address / GRANULE; g <= (address + bytes - 1) / GRANULE; ++g) {
+    SharedGranule& s = b.granules[g];
+    const int writer = s.write_warp * LANES + s.write_lane;
+    if (s.in_flight)
+      w.report(write ? "overwrites data of an unfinished copy" : "reads data of an unfinished copy",
+               lane, address, writer);
+    const bool written_now = s.write_epoch == b.epoch;
+    if (written_now && s.write_warp != w.number)
+      w.report(write ? "race of shared writes between warps"
+                     : "race of a shared read with a write "
+                       "of another warp",
+               lane, address, writer);
+    if (written_now && s.write_warp == w.number && s.write_lane != lane &&
+        s.write_moment == w.moment)
+      w.report(write ? "race of shared writes within a warp"
+                     : "race of a shared read with a write within a warp",
+               lane, address, writer);
+    if (write) {
+      if (s.read_epoch == b.epoch && s.read_warp != w.number)
+        w.report("race of a shared write with a read of another warp", lane, address);
+      s.write_epoch = b.epoch;
+      s.write_warp = s16(w.number);
+      s.write_lane = s16(lane);
+      s.write_moment = w.moment;
+      s.initialised = 1;
+    } else {
+      if (!s.initialised) w.report("reads uninitialised shared memory", lane, address);
+      if (s.read_epoch != b.epoch) {
+        s.read_epoch = b.epoch;
+        s.read_warp = s16(w.number);
+      } else if (s.read_warp != w.number) {
+        s.read_warp = -2;
+      }
+    }
+  }
+  return true;
+}
+
+bool watch_global(Warp& w, int lane, u64 address, int bytes, int alignment, bool write) {
+  if (address % alignment) {
+    w.report("misaligned global access", lane, address);
+    return false;
+  }
+  Region* r = find_region(address, bytes);
+  if (!r) {
+    w.report(write ? "global write out of bounds" : "global read out of bounds", lane, address);
+    return false;
+  }
+  if (!checks) return true;
+  const u64 me = launch_serial << 32 | u32(w.block.id);
+  for (u64 g = (address - r->begin) / GRANULE; g <= (address + bytes - 1 - r->begin) / GRANULE;
+       ++g) {
+    Touch& t = r->touches[g];
+    const bool written = t.writer >> 32 == launch_serial, read = t.reader >> 32 == launch_serial;
+    if (written && t.writer != me)
+      w.report(write ? "race of global writes between blocks"
+                     : "race of a global read with a write of another block",
+               lane, address);
+    if (write) {
+      if (read && t.reader != me)
+        w.report("race of a global write with a read of another block", lane, address);
+      t.writer = me;
+      r->initialised[g] = 1;
+    } else {
+      if (!r->initialised[g]) w.report("reads uninitialised global memory", lane, address);
+      t.reader = read && t.reader != me ? launch_serial << 32 | SEVERAL : me;
+    }
+  }
+  return true;
+}
+
+// Passes that shared memory takes for accesses of `bytes` each: lanes go together as long as 128
+// bytes are not exceeded, and each bank serves one word at a time.
+void count_wavefronts(const u32* address, u32 mask, int bytes) {
+  const int together = bytes <= 4 ? LANES : bytes == 8 ? LANES / 2 : LANES / 4;
+  for (int first = 0; first < LANES; first += together) {
+    u32 words[LANES][LANES];
+    int count[LANES] = {}, most = 0;
+    for (int l = first; l < first + together; ++l) {
+      if (!(mask >> l & 1)) continue;
+      for (u32 word = address[l] / 4; word <= (address[l] + bytes - 1) / 4; ++word) {
+        const u32 bank = word % LANES;
+        if (std::find(words[bank], words[bank] + count[bank], word) != words[bank] + count[bank])
+          continue;
+        words[bank][count[bank]++] = word;
+        most = std::max(most, count[bank]);
+      }
+    }
+    counters.wavefronts += most;
+    counters.least_wavefronts += most > 0;
+  }
+}
+
+void count_sectors(const u64* address, u32 mask, int bytes, u64& counter) {
+  u64 sectors[LANES * 2];
+  int n = 0;
+  for (int l = 0; l < LANES; ++l)
+    if (mask >> l & 1)
+      for (u64 s = address[l] / 32; s <= (address[l] + bytes - 1) / 32; ++s) sectors[n++] = s;
+  std::sort(sectors, sectors + n);
+  counter += std::unique(sectors, sectors + n) - sectors;
+}
+
+// ---- numbers ------------------------------------------------------------------------------
+
+float from_bf16(u16 x) { return std::bit_cast<float>(u32(x) << 16); }
+u16 to_bf16(float x) {
+  if (x != x) return 0x7fff;
+  const u32 bits = std::bit_cast<u32>(x);
+  return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_f16(u16 x) { return float(std::bit_cast<_Float16>(x)); }
+u16 to_f16(float x) { return x != x ? u16(0x7fff) : std::bit_cast<u16>(_Float16(x)); }
+float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x; }
+
+// ---- element by element -------------------------------------------------------------------
+
+#define FOR_ACTIVE(l)             \
+  for (int l = 0; l < LANES; ++l) \
+    if (mask >> l & 1)
+
+template <class D, class S, class F>
+void unary(Warp& w, const Instruction& i, u32 mask) {
+  D* d = w.reg<D>(i.d[0]);
+  const S* a = w.reg<S>(i.s[0]);
+  FOR_ACTIVE(l) d[l] = F()(a[l]);
+}
+
+template <class D, class S, class F, class B = S>
+void binary(Warp& w, const Instruction& i, u32 mask) {
+  D* d = w.reg<D>(i.d[0]);
+  const S* a = w.reg<S>(i.s[0]);
+  const B* b = w.reg<B>(i.s[1]);
+  FOR_ACTIVE(l) d[l] = F()(a[l], b[l]);
+}
+
+template <class D, class S, class F, class C = D>
+void ternary(Warp& w, const Instruction& i, u32 mask) {
+  D* d = w.reg<D>(i.d[0]);
+  const S *a = w.reg<S>(i.s[0]), *b = w.reg<S>(i.s[1]);
+  const C* c = w.reg<C>(i.s[2]);
+  FOR_ACTIVE(l) d[l] = F()(a[l], b[l], c[l]);
+}
+
+#define OPERATION(name, ...)    \
+  struct name {                 \
+    template <class T>          \
+    auto operator() __VA_ARGS__ \
+  };
+
+OPERATION(Move, (T a) const { return a; })
+OPERATION(Not, (T a) const { return T(~a); })
+template <class T>
+using Unsigned = std::make_unsigned_t<T>;
+
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    if constexpr (std::is_integral_v<T>)
+      return T(Unsigned<T>(a) + Unsigned<T>(b));
+    else
+      return a + b;
+  }
+};
+struct Sub {
+  template <class T>
+  T operator()(T a, T b) const {
+    if constexpr (std::is_integral_v<T>)
+      return T(Unsigned<T>(a) - Unsigned<T>(b));
+    else
+      return a - b;
+  }
+};
+struct MulLow {
+  template <class T>
+  T operator()(T a, T b) const {
+    return T(u64(a) * u64(b));
+  }
+};
+struct MulHigh {
+  template <class T>
+  T operator()(T a, T b) const {
+    using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+    return T((Wide(a) * Wide(b)) >> (8 * sizeof(T)));
+  }
+};
+template <class D>
+struct MulWide {
+  template <class T>
+  D operator()(T a, T b) const {
+    return D(D(a) * D(b));
+  }
+};
+struct MadLow {
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return T(u64(a) * u64(b) + u64(c));
+  }
+};
+template <class D>
+struct MadWide {
+  template <class T>
+  D operator()(T a, T b, D c) const {
+    return D(u64(D(a) * D(b)) + u64(c));
+  }
+};
+struct Div {
+  template <class T>
+  T operator()(T a, T b) const {
+    if (b == 0) return T(~T(0));
+    if (std::is_signed_v<T> && b == T(-1)) return T(0 - Unsigned<T>(a));
+    return T(a / b);
+  }
+};
+struct Rem {
+  template <class T>
+  T operator()(T a, T b) const {
+    if (b == 0) return a;
+    if (std::is_signed_v<T> && b == T(-1)) return 0;
+    return T(a % b);
+  }
+};
+struct Neg {
+  template <class T>
+  T operator()(T a) const {
+    if constexpr (std::is_integral_v<T>)
+      return T(0 - Unsigned<T>(a));
+    else
+      return -a;
+  }
+};
+struct Abs {
+  template <class T>
+  T operator()(T a) const {
+    if constexpr (std::is_integral_v<T>)
+      return a < 0 ? T(0 - Unsigned<T>(a)) : a;
+    else
+      return std::fabs(a);
+  }
+};
+struct Min {
+  template <class T>
+  T operator()(T a, T b) const {
+    if constexpr (std::is_integral_v<T>)
+      return std::min(a, b);
+    else
+      return a == 0 && b == 0 ? (std::signbit(a) ? a : b) : std::fmin(a, b);
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    if constexpr (std::is_integral_v<T>)
+      return std::max(a, b);
+    else
+      return a == 0 && b == 0 ? (std::signbit(a) ? b : a) : std::fmax(a, b);
+  }
+};
+OPERATION(And, (T a, T b) const { return T(a & b); })
+OPERATION(Or, (T a, T b) const { return T(a | b); })
+OPERATION(Xor, (T a, T b) const { return T(a ^ b); })
+struct ShiftLeft {
+  template <class T>
+  T operator()(T a, u32 b) const {
+    return b >= 8 * sizeof(T) ? T(0) : T(a << b);
+  }
+};
+struct ShiftRight {
+  template <class T>
+  T operator()(T a, u32 b) const {
+    if (b >= 8 * sizeof(T)) return std::is_signed_v<T> && a < 0 ? T(-1) : T(0);
+    return T(a >> b);
+  }
+};
+struct Mul {
+  float operator()(float a, float b) const { return a * b; }
+};
+struct DivF {
+  float operator()(float a, float b) const { return a / b; }
+};
+struct Fma {
+  float operator()(float a, float b, float c) const { return std::fma(a, b, c); }
+};
+struct CopySign {
+  float operator()(float a, float b) const { return std::copysign(b, a); }
+};
+struct Reciprocal {
+  float operator()(float a) const { return 1.f / a; }
+};
+struct SquareRoot {
+  float operator()(float a) const { return std::sqrt(a); }
+};
+struct ReciprocalFlushed {
+  float operator()(float a) const { return flush(1.f / flush(a)); }
+};
+struct Exp2Flushed {
+  float operator()(float a) const { return flush(float(std::exp2(double(flush(a))))); }
+};
+struct Log2 {
+  float operator()(float a) const { return float(std::log2(double(a))); }
+};
+template <class D>
+struct Convert {
+  template <class T>
+  D operator()(T a) const {
+    return D(a);
+  }
+};
+template <class D>
+struct ConvertSaturating {  // to integers, rounding towards zero
+  D operator()(float a) const {
+    if (a != a) return 0;
+    if (double(a) >= double(std::numeric_limits<D>::max())) return std::numeric_limits<D>::max();
+    if (double(a) <= double(std::numeric_limits<D>::min())) return std::numeric_limits<D>::min();
+    return D(a);
+  }
+};
+struct NarrowF16 {
+  u16 operator()(float a) const { return to_f16(a); }
+};
+struct NarrowBF16 {
+  u16 operator()(float a) const { return to_bf16(a); }
+};
+struct WidenF16 {
+  float operator()(u16 a) const { return from_f16(a); }
+};
+struct WidenBF16 {
+  float operator()(u16 a) const { return from_bf16(a); }
+};
+struct PackF16 {
+  u32 operator()(float high, float low) const { return u32(to_f16(high)) << 16 | to_f16(low); }
+};
+struct PackBF16 {
+  u32 operator()(float high, float low) const { return u32(to_bf16(high)) << 16 | to_bf16(low); }
+};
+struct MaxPairBF16 {
+  u32 operator()(u32 a, u32 b) const {
+    auto larger = [](u16 x, u16 y) -> u32 {
+      const float fx = from_bf16(x), fy = from_bf16(y);
+      if (fx != fx && fy != fy) return 0x7fff;
+      return to_bf16(Max()(fx, fy));
+    };
+    return larger(u16(a >> 16), u16(b >> 16)) << 16 | larger(u16(a), u16(b));
+  }
+};
+
+// bfi: the low `length` bits of a into b at `position`.
+void insert_bits(Warp& w, const Instruction& i, u32 mask) {
+  u32* d = w.reg<u32>(i.d[0]);
+  const u32 *a = w.reg<u32>(i.s[0]), *b = w.reg<u32>(i.s[1]), *c = w.reg<u32>(i.s[2]),
+            *n = w.reg<u32>(i.s[3]);
+  FOR_ACTIVE(l) {
+    const u32 position = c[l] & 255, length = n[l] & 255;
+    u64 field = length >= 32 ? ALL : (u64(1) << length) - 1;
+    field = position >= 32 ? 0 : field << position;
+    const u64 bits = position >= 32 ? 0 : u64(a[l]) << position;
+    d[l] = u32((b[l] & ~field) | (bits & field));
+  }
+}
+
+// ---- predicates ---------------------------------------------------------------------------
+
+enum class Compare { EQ, NE, LT, LE, GT, GE, EQU, NEU, LTU, LEU, GTU, GEU, NUM, NAN_ };
+
+template <Compare C, class T>
+bool compare(T a, T b) {
+  const bool unordered = a != a || b != b;
+  if constexpr (C == Compare::NUM) return !unordered;
+  if constexpr (C == Compare::NAN_) return unordered;
+  constexpr bool or_unordered = C >= Compare::EQU && C <= Compare::GEU;
+  if (unordered) return or_unordered;
+  constexpr int basic = int(C) - (or_unordered ? int(Compare::EQU) : 0);
+  switch (basic) {
+    case 0: return a == b;
+    case 1: return a != b;
+    case 2: return a < b;
+    case 3: return a <= b;
+    case 4: return a > b;
+    default: return a >= b;
+  }
+}
+
+template <Compare C, class T>
+void set_predicate(Warp& w, const Instruction& i, u32 mask) {
+  const T *a = w.reg<T>(i.s[0]), *b = w.reg<T>(i.s[1]);
+  u32 result = 0;
+  FOR_ACTIVE(l) result |= u32(compare<C, T>(a[l], b[l])) << l;
+  u32& d = *w.reg<u32>(i.d[0]);
+  d = (d & ~mask) | (result & mask);
+}
+
+template <class F>
+void predicate_logic(Warp& w, const Instruction& i, u32 mask) {
+  const u32 a = *w.reg<u32>(i.s[0]), b = i.num_s > 1 ? *w.reg<u32>(i.s[1]) : 0;
+  u32& d = *w.reg<u32>(i.d[0]);
+  d = (d & ~mask) | (F()(a, b) & mask);
+}
+struct PredicateMove {
+  u32 operator()(u32 a, u32) const { return a; }
+};
+struct PredicateNot {
+  u32 operator()(u32 a, u32) const { return ~a; }
+};
+struct PredicateAnd {
+  u32 operator()(u32 a, u32 b) const { return a & b; }
+};
+struct PredicateOr {
+  u32 operator()(u32 a, u32 b) const { return a | b; }
+};
+struct PredicateXor {
+  u32 operator()(u32 a, u32 b) const { return a ^ b; }
+};
+
+template <class T>
+void select(Warp& w, const Instruction& i, u32 mask) {
+  T* d = w.reg<T>(i.d[0]);
+  const T *a = w.reg<T>(i.s[0]), *b = w.reg<T>(i.s[1]);
+  const u32 p = *w.reg<u32>(i.s[2]);
+  FOR_ACTIVE(l) d[l] = p >> l & 1 ? a[l] : b[l];
+}
+
+// ---- vectors in registers -----------------------------------------------------------------
+
+template <class Whole, class Half>
+void pack(Warp& w, const Instruction& i, u32 mask) {
+  Whole* d = w.reg<Whole>(i.d[0]);
+  const Half *a = w.reg<Half>(i.s[0]), *b = w.reg<Half>(i.s[1]);
+  FOR_ACTIVE(l) d[l] = Whole(a[l]) | Whole(b[l]) << (8 * sizeof(Half));
+}
+
+template <class Whole, class Half>
+void unpack(Warp& w, const Instruction& i, u32 mask) {
+  const Whole* a = w.reg<Whole>(i.s[0]);
+  Half *low = w.reg<Half>(i.d[0]), *high = w.reg<Half>(i.d[1]);
+  FOR_ACTIVE(l) {
+    const Whole x = a[l];
+    low[l] = Half(x);
+    high[l] = Half(x >> (8 * sizeof(Half)));
+  }
+}
+
+// ---- memory -------------------------------------------------------------------------------
+// d or s: values, N of them; the last source is the register of the address.
+
+template <class T>
+u64 address_of(Warp& w, const Instruction& i, int lane) {
+  return w.reg<T>(i.s[i.num_s - 1])[lane] + u64(i.immediate);
+}
+
+template <class Register, class T, int N>
+void load_param(Warp& w, const Instruction& i, u32 mask) {
+  FOR_ACTIVE(l) {
+    const u64 at = address_of<u64>(w, i, l);
+    if (at + N * sizeof(T) > w.block.param_bytes) {
+      w.report("parameter out of bounds", l, at);
+      continue;
+    }
+    for (int n = 0; n < N; ++n) {
+      T x;
+      std::memcpy(&x, w.block.params + at + n * sizeof(T), sizeof(T));
+      w.reg<Register>(i.d[n])[l] = Register(x);
+    }
+  }
+}
+
+template <class Register, class T, int N>
+void load_global(Warp& w, const Instruction& i, u32 mask) {
+  u64 address[LANES];
+  constexpr int bytes = N * sizeof(T);
+  FOR_ACTIVE(l) address[l] = address_of<u64>(w, i, l);
+  if (checks) count_sectors(address, mask, bytes, counters.load_sectors);
+  FOR_ACTIVE(l) {
+    if (!watch_global(w, l, address[l], bytes, bytes, false)) continue;
+    for (int n = 0; n < N; ++n) {
+      T x;
+      std::memcpy(&x, reinterpret_cast<const u8*>(address[l]) + n * sizeof(T), sizeof(T));
+      w.reg<Register>(i.d[n])[l] = Register(x);
+    }
+  }
+}
+
+template <class Register, class T, int N>
+void store_global(Warp& w, const Instruction& i, u32 mask) {
+  u64 address[LANES];
+  constexpr int bytes = N * sizeof(T);
+  FOR_ACTIVE(l) address[l] = address_of<u64>(w, i, l);
+  if (checks) count_sectors(address, mask, bytes, counters.store_sectors);
+  FOR_ACTIVE(l) {
+    if (!watch_global(w, l, address[l], bytes, bytes, true)) continue;
+    for (int n = 0; n < N; ++n) {
+      const T x = T(w.reg<Register>(i.s[n])[l]);
+      std::memcpy(reinterpret_cast<u8*>(address[l]) + n * sizeof(T), &x, sizeof(T));
+    }
+  }
+}
+
+template <class Address, class Register, class T, int N>
+void load_shared(Warp& w, const Instruction& i, u32 mask) {
+  u32 address[LANES];
+  constexpr int bytes = N * sizeof(T);
+  FOR_ACTIVE(l) address[l] = u32(address_of<Address>(w, i, l));
+  if (checks) count_wavefronts(address, mask, bytes);
+  FOR_ACTIVE(l) {
+    if (!watch_shared(w, l, address[l], bytes, false)) continue;
+    for (int n = 0; n < N; ++n) {
+      T x;
+      std::memcpy(&x, &w.block.shared[address[l] + n * sizeof(T)], sizeof(T));
+      w.reg<Register>(i.d[n])[l] = Register(x);
+    }
+  }
+}
+
+template <class Address, class Register, class T, int N>
+void store_shared(Warp& w, const Instruction& i, u32 mask) {
+  u32 address[LANES];
+  constexpr int bytes = N * sizeof(T);
+  FOR_ACTIVE(l) address[l] = u32(address_of<Address>(w, i, l));
+  if (checks) count_wavefronts(address, mask, bytes);
+  FOR_ACTIVE(l) {
+    if (!watch_shared(w, l, address[l], bytes, true)) continue;
+    for (int n = 0; n < N; ++n) {
+      const T x = T(w.reg<Register>(i.s[n])[l]);
+      std::memcpy(&w.block.shared[address[l] + n * sizeof(T)], &x, sizeof(T));
+    }
+  }
+}
+
+// cp.async: s = shared address, global address, bytes to read (the rest is zero).
+template <class Address>
+void copy_async(Warp& w, const Instruction& i, u32 mask) {
+  constexpr int BYTES = 16;
+  u32 to[LANES], reading = 0;
+  u64 from[LANES];
+  FOR_ACTIVE(l) {
+    to[l] = u32(w.reg<Address>(i.s[0])[l]);
+    from[l] = w.reg<u64>(i.s[1])[l];
+    if (w.reg<u32>(i.s[2])[l]) reading |= 1u << l;
+  }
+  if (checks) {
+    count_wavefronts(to, mask, BYTES);
+    count_sectors(from, reading, BYTES, counters.load_sectors);
+  }
+  FOR_ACTIVE(l) {
+    const u32 bytes = std::min<u32>(w.reg<u32>(i.s[2])[l], BYTES);
+    Copy c{to[l], BYTES, w.group[l], {}};
+    if (bytes && from[l] % BYTES) {
+      w.report("misaligned global access", l, from[l]);
+      continue;
+    }
+    if (bytes && watch_global(w, l, from[l], int(bytes), 1, false))
+      std::memcpy(c.data, reinterpret_cast<const void*>(from[l]), bytes);
+    if (!watch_shared(w, l, to[l], BYTES, true)) continue;
+    if (checks)
+      for (u32 g = to[l] / GRANULE; g < (to[l] + BYTES) / GRANULE; ++g)
+        w.block.granules[g].in_flight = 1;
+    std::memset(&w.block.shared[to[l]], 0xff, BYTES);
+    w.copies[l].push_back(c);
+  }
+}
+
+void end_copies(Warp& w, const Instruction&, u32 mask) { FOR_ACTIVE(l)++ w.group[l]; }
+
+void finish_copies(Warp& w, u32 mask, s64 newest) {
+  FOR_ACTIVE(l) {
+    auto& copies = w.copies[l];
+    size_t left = 0;
+    for (Copy& c : copies) {
+      if (newest >= 0 && c.group >= w.group[l] - newest) {
+        copies[left++] = c;
+        continue;
+      }
+      std::memcpy(&w.block.shared[c.to], c.data, c.bytes);
+      if (!checks) continue;
+      for (u32 g = c.to / GRANULE; g < (c.to + c.bytes) / GRANULE; ++g) {
+        SharedGranule& s = w.block.granules[g];
+        s.in_flight = 0;
+        s.write_epoch = w.block.epoch;  // it lands now, for this thread alone
+        s.write_warp = s16(w.number);
+        s.write_lane = s16(l);
+        s.write_moment = w.moment;
+      }
+    }
+    copies.resize(left);
+  }
+}
+
+void wait_copies(Warp& w, const Instruction& i, u32 mask) { finish_copies(w, mask, i.immediate); }
+void wait_all_copies(Warp& w, const Instruction&, u32 mask) { finish_copies(w, mask, -1); }
+
+// ---- warps --------------------------------------------------------------------------------
+
+bool whole_warp(Warp& w, u32 mask) {
+  if (mask == ALL) return true;
+  w.report("not all lanes take part", std::countr_zero(mask));
+  return false;
+}
+
+template <int MATRICES, bool TRANSPOSED, class Address>
+void load_matrices(Warp& w, const Instruction& i, u32 mask) {
+  whole_warp(w, mask);
+  u32 address[LANES];
+  for (int l = 0; l < LANES; ++l) address[l] = u32(address_of<Address>(w, i, l));
+  if (checks) count_wavefronts(address, MATRICES == 4 ? ALL : (1u << 8 * MATRICES) - 1, 16);
+  u32 result[MATRICES][LANES] = {};
+  for (int m = 0; m < MATRICES; ++m) {
+    u16 rows[8][8] = {};
+    for (int r = 0; r < 8; ++r)
+      if (watch_shared(w, m * 8 + r, address[m * 8 + r], 16, false))
+        std::memcpy(rows[r], &w.block.shared[address[m * 8 + r]], 16);
+    for (int l = 0; l < LANES; ++l) {
+      const int major = l / 4, minor = l % 4 * 2;
+      const u16 low = TRANSPOSED ? rows[minor][major] : rows[major][minor];
+      const u16 high = TRANSPOSED ? rows[minor + 1][major] : rows[major][minor + 1];
+      result[m][l] = low | u32(high) << 16;
+    }
+  }
+  for (int m = 0; m < MATRICES; ++m) std::memcpy(w.reg<u32>(i.d[m]), result[m], sizeof result[m]);
+}
+
+// d = a b + c; a 16x16 in s[0..3], b 16x8 in s[4..5], c 16x8 in s[6..9].
+template <float (*WIDEN)(u16)>
+void mma(Warp& w, const Instruction& i, u32 mask) {
+  whole_warp(w, mask);
+  ++counters.mma;
+  float a[16][16], b[16][8], c[16][8];
+  for (int l = 0; l < LANES; ++l) {
+    const int group = l / 4, pair = l % 4 * 2;
+    for (int q = 0; q < 4; ++q) {
+      const u32 x = w.reg<u32>(i.s[q])[l];
+      a[group + q % 2 * 8][pair + q / 2 * 8] = WIDEN(u16(x));
+      a[group + q % 2 * 8][pair + q / 2 * 8 + 1] = WIDEN(u16(x >> 16));
+    }
+    for (int q = 0; q < 2; ++q) {
+      const u32 x = w.reg<u32>(i.s[4 + q])[l];
+      b[pair + q * 8][group] = WIDEN(u16(x));
+      b[pair + q * 8 + 1][group] = WIDEN(u16(x >> 16));
+    }
+    for (int q = 0; q < 4; ++q) c[group + q / 2 * 8][pair + q % 2] = w.reg<float>(i.s[6 + q])[l];
+  }
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 8; ++n) c[row][n] += a[row][k] * b[k][n];
+  for (int l = 0; l < LANES; ++l)
+    for (int q = 0; q < 4; ++q) w.reg<float>(i.d[q])[l] = c[l / 4 + q / 2 * 8][l % 4 * 2 + q % 2];
+}
+
+// Of what a warp does together: everybody named takes part, and whoever takes part is named.
+void check_members(Warp& w, u32 mask, const u32* members) {
+  FOR_ACTIVE(l) {
+    if (!(members[l] >> l & 1)) w.report("a lane that is not named takes part", l);
+    if (members[l] & w.alive & ~mask) w.report("a lane that is named does not take part", l);
+  }
+}
+
+enum class Shuffle { UP, DOWN, XOR, INDEX };
+
+template <Shuffle HOW>
+void shuffle(Warp& w, const Instruction& i, u32 mask) {
+  u32 from[LANES], in_range = 0;
+  std::memcpy(from, w.reg<u32>(i.s[0]), sizeof from);
+  u32* d = w.reg<u32>(i.d[0]);
+  const u32 *b = w.reg<u32>(i.s[1]), *c = w.reg<u32>(i.s[2]);
+  check_members(w, mask, w.reg<u32>(i.s[3]));
+  FOR_ACTIVE(l) {
+    const int clamp = c[l] & 31, segment = c[l] >> 8 & 31, distance = b[l] & 31;
+    const int last = (l & segment) | (clamp & ~segment), first = l & segment;
+    int source = 0;
+    bool there = false;
+    if constexpr (HOW == Shuffle::UP) source = l - distance, there = source >= last;
+    if constexpr (HOW == Shuffle::DOWN) source = l + distance, there = source <= last;
+    if constexpr (HOW == Shuffle::XOR) source = l ^ distance, there = source <= last;
+    if constexpr (HOW == Shuffle::INDEX)
+      source = first | (distance & ~segment), there = source <= last;
+    if (!there) source = l;
+    if (!(mask >> source & 1)) w.report("reads a lane that does not take part", l);
+    in_range |= u32(there) << l;
+    d[l] = from[source];
+  }
+  if (i.num_d > 1) {
+    u32& p = *w.reg<u32>(i.d[1]);
+    p = (p & ~mask) | (in_range & mask);
+  }
+}
+
+enum class Vote { ANY, ALL_, BALLOT };
+
+template <Vote HOW>
+void vote(Warp& w, const Instruction& i, u32 mask) {
+  check_members(w, mask, w.reg<u32>(i.s[1]));
+  const u32 ballot = *w.reg<u32>(i.s[0]) & mask;
+  if constexpr (HOW == Vote::BALLOT) {
+    FOR_ACTIVE(l) w.reg<u32>(i.d[0])[l] = ballot;
+  } else {
+    const bool result = HOW == Vote::ANY ? ballot != 0 : ballot == mask;
+    u32& d = *w.reg<u32>(i.d[0]);
+    d = (d & ~mask) | (result ? mask : 0);
+  }
+}
+
+template <class T, class F>
+void reduce(Warp& w, const Instruction& i, u32 mask) {
+  check_members(w, mask, w.reg<u32>(i.s[1]));
+  const T* a = w.reg<T>(i.s[0]);
+  T result = a[std::countr_zero(mask)];
+  FOR_ACTIVE(l) if (l != std::countr_zero(mask)) result = F()(result, a[l]);
+  T* d = w.reg<T>(i.d[0]);
+  FOR_ACTIVE(l) d[l] = result;
+}
+
+void sync_warp(Warp& w, const Instruction& i, u32 mask) {
+  check_members(w, mask, w.reg<u32>(i.s[0]));
+  ++w.moment;
+}
+
+void nothing(Warp&, const Instruction&, u32) {}
+
+// ---- the table of opcodes -----------------------------------------------------------------
+
+struct Opcode {
+  Handler run;
+  Kind kind = PLAIN;
+};
+
+std::unordered_map<std::string, Opcode> make_table() {
+  std::unordered_map<std::string, Opcode> t;
+  const auto put = [&](const std::string& name, Handler h, Kind kind = PLAIN) {
+    t[name] = {h, kind};
+  };
+
+  // Integers
+  const auto integers = [&]<class T>(T, const std::string& type) {
+    put("add." + type, binary<T, T, Add>);
+    put("sub." + type, binary<T, T, Sub>);
+    put("mul.lo." + type, binary<T, T, MulLow>);
+    put("mul.hi." + type, binary<T, T, MulHigh>);
+    put("mad.lo." + type, ternary<T, T, MadLow>);
+    put("div." + type, binary<T, T, Div>);
+    put("rem." + type, binary<T, T, Rem>);
+    put("min." + type, binary<T, T, Min>);
+    put("max." + type, binary<T, T, Max>);
+    put("shr." + type, binary<T, T, ShiftRight, u32>);
+    if (std::is_signed_v<T>) {
+      put("neg." + type, unary<T, T, Neg>);
+      put("abs." + type, unary<T, T, Abs>);
+    }
+  };
+  integers(s16(), "s16"), integers(u16(), "u16"), integers(s32(), "s32"), integers(u32(), "u32"),
+      integers(s64(), "s64"), integers(u64(), "u64");
+  put("mul.wide.s16", binary<s32, s16, MulWide<s32>>);
+  put("mul.wide.u16", binary<u32, u16, MulWide<u32>>);
+  put("mul.wide.s32", binary<s64, s32, MulWide<s64>>);
+  put("mul.wide.u32", binary<u64, u32, MulWide<u64>>);
+  put("mad.wide.s32", ternary<s64, s32, MadWide<s64>>);
+  put("mad.wide.u32", ternary<u64, u32, MadWide<u64>>);
+  put("bfi.b32", insert_bits);
+
+  const auto bits = [&]<class T>(T, const std::string& type) {
+    put("and." + type, binary<T, T, And>);
+    put("or." + type, binary<T, T, Or>);
+    put("xor." + type, binary<T, T, Xor>);
+    put("not." + type, unary<T, T, Not>);
+    put("shl." + type, binary<T, T, ShiftLeft, u32>);
+    put("mov." + type, unary<T, T, Move>);
+    put("selp." + type, select<T>);
+  };
+  bits(u16(), "b16"), bits(u32(), "b32"), bits(u64(), "b64");
+  for (const char* type : {"u16", "s16"}) {
+    put(std::string("mov.") + type, unary<u16, u16, Move>);
+    put(std::string("selp.") + type, select<u16>);
+  }
+  for (const char* type : {"u32", "s32", "f32"}) {
+    put(std::string("mov.") + type, unary<u32, u32, Move>);
+    put(std::string("selp.") + type, select<u32>);
+  }
+  for (const char* type : {"u64", "s64", "f64"}) {
+    put(std::string("mov.") + type, unary<u64, u64, Move>);
+    put(std::string("selp.") + type, select<u64>);
+  }
+  put("pack.b32", pack<u32, u16>);
+  put("pack.b64", pack<u64, u32>);
+  put("unpack.b32", unpack<u32, u16>);
+  put("unpack.b64", unpack<u64, u32>);
+
+  // Predicates
+  put("mov.pred", predicate_logic<PredicateMove>);
+  put("not.pred", predicate_logic<PredicateNot>);
+  put("and.pred", predicate_logic<PredicateAnd>);
+  put("or.pred", predicate_logic<PredicateOr>);
+  put("xor.pred", predicate_logic<PredicateXor>);
+  const auto compares = [&]<class T>(T, const std::string& type) {
+    const bool is_float = std::is_floating_point_v<T>, equality_only = type[0] == 'b';
+    put("setp.eq." + type, set_predicate<Compare::EQ, T>);
+    put("setp.ne." + type, set_predicate<Compare::NE, T>);
+    if (equality_only) return;
+    put("setp.lt." + type, set_predicate<Compare::LT, T>);
+    put("setp.le." + type, set_predicate<Compare::LE, T>);
+    put("setp.gt." + type, set_predicate<Compare::GT, T>);
+    put("setp.ge." + type, set_predicate<Compare::GE, T>);
+    if (!is_float) return;
+    put("setp.equ." + type, set_predicate<Compare::EQU, T>);
+    put("setp.neu." + type, set_predicate<Compare::NEU, T>);
+    put("setp.ltu." + type, set_predicate<Compare::LTU, T>);
+    put("setp.leu." + type, set_predicate<Compare::LEU, T>);
+    put("setp.gtu." + type, set_predicate<Compare::GTU, T>);
+    put("setp.geu." + type, set_predicate<Compare::GEU, T>);
+    put("setp.num." + type, set_predicate<Compare::NUM, T>);
+    put("setp.nan." + type, set_predicate<Compare::NAN_, T>);
+  };
+  compares(s16(), "s16"), compares(u16(), "u16"), compares(u16(), "b16");
+  compares(s32(), "s32"), compares(u32(), "u32"), compares(u32(), "b32");
+  compares(s64(), "s64"), compares(u64(), "u64"), compares(u64(), "b64");
+  compares(float(), "f32");
+
+  // float32
+  for (const char* name : {"add.f32", "add.rn.f32"}) put(name, binary<float, float, Add>);
+  for (const char* name : {"sub.f32", "sub.rn.f32"}) put(name, binary<float, float, Sub>);
+  for (const char* name : {"mul.f32", "mul.rn.f32"}) put(name, binary<float, float, Mul>);
+  put("fma.rn.f32", ternary<float, float, Fma>);
+  put("div.rn.f32", binary<float, float, DivF>);
+  put("min.f32", binary<float, float, Min>);
+  put("max.f32", binary<float, float, Max>);
+  put("neg.f32", unary<float, float, Neg>);
+  put("abs.f32", unary<float, float, Abs>);
+  put("copysign.f32", binary<float, float, CopySign>);
+  put("rcp.rn.f32", unary<float, float, Reciprocal>);
+  put("rcp.approx.ftz.f32", unary<float, float, ReciprocalFlushed>);
+  put("sqrt.rn.f32", unary<float, float, SquareRoot>);
+  put("ex2.approx.ftz.f32", unary<float, float, Exp2Flushed>);
+  put("lg2.approx.f32", unary<float, float, Log2>);
+  put("max.bf16x2", binary<u32, u32, MaxPairBF16>);
+
+  // Conversions
+  const auto widths = [&]<class D, class S>(D, S, const std::string& d, const std::string& s) {
+    put("cvt." + d + "." + s, unary<D, S, Convert<D>>);
+  };
+  widths(s64(), s32(), "s64", "s32"), widths(u64(), u32(), "u64", "u32");
+  widths(u32(), u64(), "u32", "u64"), widths(s32(), s64(), "s32", "s64");
+  widths(u32(), u16(), "u32", "u16"), widths(s32(), s16(), "s32", "s16");
+  widths(u16(), u32(), "u16", "u32"), widths(s16(), s32(), "s16", "s32");
+  widths(u64(), u16(), "u64", "u16"), widths(s64(), s16(), "s64", "s16");
+  widths(u16(), u64(), "u16", "u64");
+  put("cvt.rn.f32.s32", unary<float, s32, Convert<float>>);
+  put("cvt.rn.f32.u32", unary<float, u32, Convert<float>>);
+  put("cvt.rzi.s32.f32", unary<s32, float, ConvertSaturating<s32>>);
+  put("cvt.rzi.u32.f32", unary<u32, float, ConvertSaturating<u32>>);
+  put("cvt.rn.f16.f32", unary<u16, float, NarrowF16>);
+  put("cvt.rn.bf16.f32", unary<u16, float, NarrowBF16>);
+  put("cvt.f32.f16", unary<float, u16, WidenF16>);
+  put("cvt.f32.bf16", unary<float, u16, WidenBF16>);
+  put("cvt.rn.f16x2.f32", binary<u32, float, PackF16>);
+  put("cvt.rn.bf16x2.f32", binary<u32, float, PackBF16>);
+  put("cvta.to.global.u64", unary<u64, u64, Move>);
+
+  // Memory. After the type: how many values, and the bytes of their registers.
+  const auto memory = [&]<class R, class T>(R, T, const std::string& type) {
+    const std::string width = "." + std::to_string(sizeof(R));
+    const auto number = [&]<int N>(std::integral_constant<int, N>) {
+      const std::string name = (N > 1 ? ".v" + std::to_string(N) : "") + "." + type + width;
+      put("ld.param" + name, load_param<R, T, N>);
+      if constexpr (N * sizeof(T) > 16)
+        return;
+      else {
+        // Generic addresses: shared memory has no place among them here, and is out of bounds.
+        for (const char* space : {"ld", "ld.global", "ld.global.nc"})
+          put(space + name, load_global<R, T, N>);
+        for (const char* space : {"st", "st.global"}) put(space + name, store_global<R, T, N>);
+        put("ld.shared" + name + ".a4", load_shared<u32, R, T, N>);
+        put("ld.shared" + name + ".a8", load_shared<u64, R, T, N>);
+        put("st.shared" + name + ".a4", store_shared<u32, R, T, N>);
+        put("st.shared" + name + ".a8", store_shared<u64, R, T, N>);
+      }
+    };
+    number(std::integral_constant<int, 1>());
+    number(std::integral_constant<int, 2>());
+    number(std::integral_constant<int, 4>());
+  };
+  memory(u16(), u8(), "u8"), memory(u16(), u8(), "b8"), memory(s16(), int8_t(), "s8");
+  memory(u32(), u8(), "u8"), memory(u32(), u8(), "b8"), memory(s32(), int8_t(), "s8");
+  memory(u16(), u16(), "u16"), memory(u16(), u16(), "b16"), memory(s16(), s16(), "s16");
+  memory(u32(), u16(), "u16"), memory(u32(), u16(), "b16"), memory(s32(), s16(), "s16");
+  for (const char* type : {"u32", "b32", "s32", "f32"}) memory(u32(), u32(), type);
+  for (const char* type : {"u64", "b64", "s64", "f64"}) memory(u64(), u64(), type);
+  memory(s64(), s32(), "s32"), memory(u64(), u32(), "u32"), memory(u64(), u32(), "b32");
+  put("cp.async.cg.shared.global.16.a4", copy_async<u32>);
+  put("cp.async.cg.shared.global.16.a8", copy_async<u64>);
+  put("cp.async.commit_group", end_copies);
+  put("cp.async.wait_group", wait_copies);
+  put("cp.async.wait_all", wait_all_copies);
+
+  // Warps
+  const auto matrices = [&]<int N>(std::integral_constant<int, N>) {
+    const std::string name = "ldmatrix.sync.aligned.m8n8.x" + std::to_string(N);
+    put(name + ".shared.b16.a4", load_matrices<N, false, u32>);
+    put(name + ".trans.shared.b16.a4", load_matrices<N, true, u32>);
+  };
+  matrices(std::integral_constant<int, 1>());
+  matrices(std::integral_constant<int, 2>());
+  matrices(std::integral_constant<int, 4>());
+  put("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", mma<from_bf16>);
+  put("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", mma<from_f16>);
+  put("shfl.sync.up.b32", shuffle<Shuffle::UP>);
+  put("shfl.sync.down.b32", shuffle<Shuffle::DOWN>);
+  put("shfl.sync.bfly.b32", shuffle<Shuffle::XOR>);
+  put("shfl.sync.idx.b32", shuffle<Shuffle::INDEX>);
+  put("vote.sync.any.pred", vote<Vote::ANY>);
+  put("vote.sync.all.pred", vote<Vote::ALL_>);
+  put("vote.sync.ballot.b32", vote<Vote::BALLOT>);
+  put("redux.sync.min.s32", reduce<s32, Min>);
+  put("redux.sync.max.s32", reduce<s32, Max>);
+  put("redux.sync.min.u32", reduce<u32, Min>);
+  put("redux.sync.max.u32", reduce<u32, Max>);
+  put("redux.sync.add.s32", reduce<s32, Add>);
+  put("redux.sync.add.u32", reduce<u32, Add>);
+  put("bar.warp.sync", sync_warp);
+
+  // Control
+  put("bra", nothing, BRANCH);
+  put("bra.uni", nothing, BRANCH);
+  put("ret", nothing, EXIT);
+  put("exit", nothing, EXIT);
+  put("bar.sync", nothing, BARRIER);
+  put("barrier.sync", nothing, BARRIER);
+  return t;
+}
+
+const std::unordered_map<std::string, Opcode>& table() {
+  static const auto t = make_table();
+  return t;
+}
+
+// ---- running ------------------------------------------------------------------------------
+
+u64 budget = 0;
+
+// Runs a warp until it waits at a barrier or ends.
+void run_warp(Warp& w) {
+  Program& program = w.block.program;
+  const auto& code = program.code;
+  while (w.alive) {
+    u32 mask = w.alive;
+    int pc = w.pc;
+    if (!w.together) {
+      pc = INT32_MAX;
+      for (int l = 0; l < LANES; ++l)
+        if (w.alive >> l & 1) pc = std::min(pc, w.pcs[l]);
+      mask = 0;
+      for (int l = 0; l < LANES; ++l)
+        if (w.alive >> l & 1 && w.pcs[l] == pc) mask |= 1u << l;
+      if (mask == w.alive) {
+        w.together = true;
+        w.pc = pc;
+      }
+    }
+    const u32 here = mask;
+    const Instruction& i = code[pc];
+    w.current = &i;
+    if (i.predicate >= 0) {
+      const u32 p = *w.reg<u32>(i.predicate);
+      mask &= i.negated ? ~p : p;
+    }
+    ++counters.warp_instructions;
+    counters.lane_instructions += std::popcount(mask);
+    ++program.line_counts[i.ptx_line];
+    if (budget-- == 0) return;
+
+    const auto go = [&](u32 lanes, int to) {
+      if (w.together && lanes == w.alive) {
+        w.pc = to;
+        return;
+      }
+      if (w.together) {
+        w.together = false;
+        for (int l = 0; l < LANES; ++l) w.pcs[l] = w.pc;
+      }
+      for (int l = 0; l < LANES; ++l)
+        if (lanes >> l & 1) w.pcs[l] = to;
+    };
+    switch (i.kind) {
+      case PLAIN:
+        if (mask) i.run(w, i, mask);
+        go(here, pc + 1);
+        break;
+      case BRANCH:
+        if (here & ~mask) go(here & ~mask, pc + 1);
+        if (mask) go(mask, i.target);
+        break;
+      case EXIT:
+        if (here & ~mask) go(here & ~mask, pc + 1);
+        for (int l = 0; l < LANES; ++l)
+          if (mask >> l & 1 && !w.copies[l].empty()) w.report("ends with unfinished copies", l);
+        w.alive &= ~mask;
+        break;
+      case BARRIER:
+        if (mask != w.alive) w.report("a barrier that not all lanes reach", std::countr_zero(here));
+        w.barrier = int(*w.reg<u32>(i.s[0]));
+        w.waiting = true;
+        go(here, pc + 1);
+        return;
+    }
+  }
+}
+
+void set_specials(Warp& w) {
+  const Block& b = w.block;
+  for (const Special& s : b.program.specials) {
+    u32* r = w.reg<u32>(s.offset);
+    for (int l = 0; l < LANES; ++l) {
+      const u32 t = u32(w.thread(l));
+      const int axis = s.name.back() - 'x';
+      if (s.name.starts_with("tid."))
+        r[l] = axis == 0   ? t % b.size[0]
+               : axis == 1 ? t / b.size[0] % b.size[1]
+                           : t / (b.size[0] * b.size[1]);
+      else if (s.name.starts_with("ntid."))
+        r[l] = b.size[axis];
+      else if (s.name.starts_with("ctaid."))
+        r[l] = b.index[axis];
+      else if (s.name.starts_with("nctaid."))
+        r[l] = b.grid[axis];
+      else if (s.name == "laneid")
+        r[l] = u32(l);
+    }
+  }
+}
+
+template <class T>
+void broadcast(Warp& w, const Constant& c) {
+  std::fill_n(w.reg<T>(c.offset), LANES, T(c.value));
+}
+
+bool run_block(Block& b) {
+  std::vector<std::unique_ptr<Warp>> warps;
+  for (int n = 0; n * LANES < b.threads; ++n) {
+    warps.push_back(std::make_unique<Warp>(b, n));
+    Warp& w = *warps.back();
+    for (const Constant& c : b.program.constants) {
+      if (c.width == 8)
+        broadcast<u64>(w, c);
+      else if (c.width == 4)
+        broadcast<u32>(w, c);
+      else if (c.width == 2)
+        broadcast<u16>(w, c);
+      else
+        *w.reg<u32>(c.offset) = c.value ? ALL : 0;  // a predicate
+    }
+    set_specials(w);
+  }
+  for (;;) {
+    for (auto& w : warps)
+      if (w->alive && !w->waiting) run_warp(*w);
+    if (budget == u64(-1)) return false;
+    int waiting = 0, ended = 0;
+    for (auto& w : warps) {
+      waiting += w->waiting;
+      ended += !w->alive;
+    }
+    if (!waiting) return true;
+    Warp& first = **std::find_if(warps.begin(), warps.end(), [](auto& w) { return w->waiting; });
+    for (auto& w : warps)
+      if (w->waiting && w->current != first.current)
+        w->report("warps wait at different barriers", 0);
+    if (ended) first.report("a barrier that ended warps do not reach", 0);
+    ++counters.barriers;
+    ++b.epoch;
+    for (auto& w : warps) {
+      w->waiting = false;
+      ++w->moment;
+    }
+  }
+}
+
+bool fail(const std::string& why) {
+  last_error = why;
+  return false;
+}
+
+// ---- loading ------------------------------------------------------------------------------
+// One item a line; see lower.py.
+
+bool load(const std::string& text) {
+  auto p = std::make_unique<Program>();
+  std::istringstream lines(text);
+  std::string line, what;
+  int last_line = 0;
+  while (std::getline(lines, line)) {
+    std::istringstream in(line);
+    in >> what;
+    if (what == "kernel") {
+      in >> p->name >> p->register_bytes >> p->info.static_shared >> p->info.max_threads;
+    } else if (what == "param") {
+      int bytes;
+      in >> bytes;
+      p->param_bytes.push_back(bytes);
+    } else if (what == "file") {
+      size_t number;
+      in >> number;
+      p->files.resize(std::max(p->files.size(), number + 1));
+      std::getline(in >> std::ws, p->files[number]);
+    } else if (what == "constant") {
+      Constant c;
+      in >> c.offset >> c.width >> c.value;
+      p->constants.push_back(c);
+    } else if (what == "special") {
+      Special s;
+      in >> s.offset >> s.name;
+      p->specials.push_back(s);
+    } else if (what == "do") {
+      Instruction i{};
+      std::string opcode;
+      int negated;
+      in >> opcode >> i.predicate >> negated >> i.immediate >> i.target >> i.file >> i.line >>
+          i.ptx_line >> i.num_d;
+      i.negated = negated;
+      for (int n = 0; n < i.num_d; ++n) in >> i.d[n];
+      in >> i.num_s;
+      for (int n = 0; n < i.num_s; ++n) in >> i.s[n];
+      const auto found = table().find(opcode);
+      if (found == table().end())
+        return fail("PTX line " + std::to_string(i.ptx_line) + ": unknown opcode " + opcode);
+      i.run = found->second.run;
+      i.kind = found->second.kind;
+      last_line = std::max(last_line, i.ptx_line);
+      p->code.push_back(i);
+    } else {
+      return fail("unknown item " + what);
+    }
+    if (in.fail()) return fail("cannot read: " + line);
+  }
+  if (p->code.empty()) return fail("a kernel without code");
+  p->info.num_params = int(p->param_bytes.size());
+  p->info.param_bytes = p->param_bytes.data();
+  p->line_counts.resize(last_line + 1);
+  programs()[p->name] = std::move(p);
+  return true;
+}
+
+}  // namespace
+
+// ---- what others call ---------------------------------------------------------------------
+
+extern "C" {
+
+int emu_load(const char* text) { return load(text) ? 0 : -1; }
+
+const EmuKernelInfo* emu_kernel_info(const char* kernel) {
+  const auto found = programs().find(kernel);
+  return found == programs().end() ? nullptr : &found->second->info;
+}
+
+int emu_launch(const char* kernel, const unsigned grid[3], const unsigned block[3],
+               unsigned dynamic_shared, void** params) {
+  const auto found = programs().find(kernel);
+  if (found == programs().end()) return fail(std::string("no kernel ") + kernel), -1;
+  Program& p = *found->second;
+  std::vector<u8> param_space;
+  for (int n = 0; n < p.info.num_params; ++n) {
+    param_space.resize((param_space.size() + 15) / 16 * 16);
+    const auto* from = static_cast<const u8*>(params[n]);
+    param_space.insert(param_space.end(), from, from + p.param_bytes[n]);
+  }
+  ++launch_serial;
+  budget = MOST_INSTRUCTIONS;
+  const u64 blocks = u64(grid[0]) * grid[1] * grid[2];
+  for (u64 id = 0; id < blocks; ++id) {
+    const size_t shared = p.info.static_shared + dynamic_shared;
+    Block b{p,
+            param_space.data(),
+            param_space.size(),
+            int(id),
+            {u32(id % grid[0]), u32(id / grid[0] % grid[1]), u32(id / grid[0] / grid[1])},
+            {grid[0], grid[1], grid[2]},
+            {block[0], block[1], block[2]},
+            int(block[0] * block[1] * block[2]),
+            std::vector<u8>(shared, 0xff),
+            std::vector<SharedGranule>(checks ? shared / GRANULE + 1 : 0)};
+    ++counters.blocks;
+    if (!run_block(b))
+      return fail(p.name + ": block " + std::to_string(id) + " does not come to an end"), -1;
+  }
+  return 0;
+}
+
+const char* emu_error() { return last_error.c_str(); }
+
+void emu_memory_register(uint64_t address, uint64_t bytes, int initialised) {
+  if (!bytes) return;
+  auto& r = regions[address];
+  const u64 granules = (bytes + GRANULE - 1) / GRANULE;
+  if (!r || r->end - r->begin != bytes) {
+    r = std::make_unique<Region>();
+    r->begin = address;
+    r->end = address + bytes;
+    r->touches.resize(granules);
+  }
+  r->initialised.assign(granules, u8(initialised));
+}
+
+void emu_memory_unregister(uint64_t address) { regions.erase(address); }
+
+void emu_memory_initialise(uint64_t address, uint64_t bytes) {
+  if (Region* r = bytes ? find_region(address, bytes) : nullptr)
+    std::fill_n(r->initialised.begin() + (address - r->begin) / GRANULE,
+                (bytes + GRANULE - 1) / GRANULE, u8(1));
+}
+
+int emu_memory_known(uint64_t address, uint64_t bytes) {
+  const auto found = regions.find(address);
+  return found != regions.end() && found->second->end == address + bytes;
+}
+
+void emu_set_checks(int level) { checks = level; }
+
+int64_t emu_num_findings() { return int64_t(findings.size()); }
+EmuFinding emu_finding(int64_t i) { return findings[i]->public_part; }
+void emu_clear_findings() {
+  findings.clear();
+  finding_places.clear();
+}
+
+EmuCounters emu_counters() { return counters; }
+void emu_clear_counters() { counters = {}; }
+
+int emu_line_counts(const char* kernel, uint64_t* counts, int num_lines) {
+  const auto found = programs().find(kernel);
+  if (found == programs().end()) return 0;
+  const auto& lines = found->second->line_counts;
+  std::copy_n(lines.begin(), std::min<size_t>(lines.size(), num_lines), counts);
+  return int(lines.size());
+}
+
+const char* emu_opcodes() {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto& [name, opcode] : table()) all += name + " ";
+    return all;
+  }();
+  return names.c_str();
+}
+
+}  // extern "C"
