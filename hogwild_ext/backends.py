@@ -112,7 +112,7 @@ class Backend(Protocol):
 
 
 def backend_for(name: str, device: torch.device) -> Backend:
-    """The backend of a device. ValueError with the remedy if there is none; `name` is the argument."""
+    """The backend of a device; ValueError with the remedy if it has none. `name`: the argument."""
     if device.type == "cpu":
         from .cpu_backend import CPU
 

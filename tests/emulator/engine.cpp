@@ -33,7 +33,7 @@ using s64 = int64_t;
 constexpr int LANES = 32;
 constexpr u32 ALL = ~0u;
 constexpr int GRANULE = 2;  // bytes that are watched together
-constexpr u64 MOST_INSTRUCTIONS = u64(1) << 34;
+constexpr u64 MOST_INSTRUCTIONS = u64(1) << 24;  // of a block
 
 std::string last_error;
 int checks = 1;
@@ -103,12 +103,25 @@ struct Touch {
 };
 constexpr u64 SEVERAL = 0xffffffff;
 
+// What is known of a piece of memory, made when a kernel touches it first: a cache may be large.
+constexpr u64 SHADOW = 1 << 12;  // granules
+struct Shadow {
+  u8 initialised[SHADOW];
+  Touch touches[SHADOW] = {};
+  explicit Shadow(u8 known) { std::fill_n(initialised, SHADOW, known); }
+};
+
 struct Region {
   u64 begin, end;
-  std::vector<u8> initialised;  // a granule each
-  std::vector<Touch> touches;
+  u8 known;  // whether all of it was initialised at first
+  std::vector<std::unique_ptr<Shadow>> shadows;
 
   bool has(u64 address, u64 bytes) const { return address >= begin && address + bytes <= end; }
+  Shadow& shadow(u64 granule) {
+    auto& s = shadows[granule / SHADOW];
+    if (!s) s = std::make_unique<Shadow>(known);
+    return *s;
+  }
 };
 
 std::map<u64, std::unique_ptr<Region>> regions;  // by address
@@ -271,7 +284,8 @@ bool watch_global(Warp& w, int lane, u64 address, int bytes, int alignment, bool
   const u64 me = launch_serial << 32 | u32(w.block.id);
   for (u64 g = (address - r->begin) / GRANULE; g <= (address + bytes - 1 - r->begin) / GRANULE;
        ++g) {
-    Touch& t = r->touches[g];
+    Shadow& shadow = r->shadow(g);
+    Touch& t = shadow.touches[g % SHADOW];
     const bool written = t.writer >> 32 == launch_serial, read = t.reader >> 32 == launch_serial;
     if (written && t.writer != me)
       w.report(write ? "race of global writes between blocks"
@@ -281,9 +295,9 @@ bool watch_global(Warp& w, int lane, u64 address, int bytes, int alignment, bool
       if (read && t.reader != me)
         w.report("race of a global write with a read of another block", lane, address);
       t.writer = me;
-      r->initialised[g] = 1;
+      shadow.initialised[g % SHADOW] = 1;
     } else {
-      if (!r->initialised[g]) w.report("reads uninitialised global memory", lane, address);
+      if (!shadow.initialised[g % SHADOW]) w.report("reads uninitialised global memory", lane, address);
       t.reader = read && t.reader != me ? launch_serial << 32 | SEVERAL : me;
     }
   }
@@ -1269,7 +1283,11 @@ bool run_block(Block& b) {
   for (;;) {
     for (auto& w : warps)
       if (w->alive && !w->waiting) run_warp(*w);
-    if (budget == u64(-1)) return false;
+    if (budget == u64(-1)) {
+      for (auto& w : warps)
+        if (w->alive && !w->waiting) w->report("does not come to an end", 0);
+      return false;
+    }
     int waiting = 0, ended = 0;
     for (auto& w : warps) {
       waiting += w->waiting;
@@ -1380,7 +1398,6 @@ int emu_launch(const char* kernel, const unsigned grid[3], const unsigned block[
     param_space.insert(param_space.end(), from, from + p.param_bytes[n]);
   }
   ++launch_serial;
-  budget = MOST_INSTRUCTIONS;
   const u64 blocks = u64(grid[0]) * grid[1] * grid[2];
   for (u64 id = 0; id < blocks; ++id) {
     const size_t shared = p.info.static_shared + dynamic_shared;
@@ -1395,6 +1412,7 @@ int emu_launch(const char* kernel, const unsigned grid[3], const unsigned block[
             std::vector<u8>(shared, 0xff),
             std::vector<SharedGranule>(checks ? shared / GRANULE + 1 : 0)};
     ++counters.blocks;
+    budget = MOST_INSTRUCTIONS;
     if (!run_block(b))
       return fail(p.name + ": block " + std::to_string(id) + " does not come to an end"), -1;
   }
@@ -1405,23 +1423,21 @@ const char* emu_error() { return last_error.c_str(); }
 
 void emu_memory_register(uint64_t address, uint64_t bytes, int initialised) {
   if (!bytes) return;
-  auto& r = regions[address];
-  const u64 granules = (bytes + GRANULE - 1) / GRANULE;
-  if (!r || r->end - r->begin != bytes) {
-    r = std::make_unique<Region>();
-    r->begin = address;
-    r->end = address + bytes;
-    r->touches.resize(granules);
-  }
-  r->initialised.assign(granules, u8(initialised));
+  auto r = std::make_unique<Region>();
+  r->begin = address;
+  r->end = address + bytes;
+  r->known = u8(initialised);
+  r->shadows.resize((bytes + GRANULE - 1) / GRANULE / SHADOW + 1);
+  regions[address] = std::move(r);
 }
 
 void emu_memory_unregister(uint64_t address) { regions.erase(address); }
 
 void emu_memory_initialise(uint64_t address, uint64_t bytes) {
-  if (Region* r = bytes ? find_region(address, bytes) : nullptr)
-    std::fill_n(r->initialised.begin() + (address - r->begin) / GRANULE,
-                (bytes + GRANULE - 1) / GRANULE, u8(1));
+  Region* r = bytes ? find_region(address, bytes) : nullptr;
+  if (!r) return;
+  for (u64 g = (address - r->begin) / GRANULE; g <= (address + bytes - 1 - r->begin) / GRANULE; ++g)
+    r->shadow(g).initialised[g % SHADOW] = 1;
 }
 
 int emu_memory_known(uint64_t address, uint64_t bytes) {
