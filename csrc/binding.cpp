@@ -204,7 +204,5 @@ PYBIND11_MODULE(_C, m) {
     return cpu::value_page_elements(make_heads(dtype, kv_heads, 1, value_dim, value_dim));
   });
 
-#ifdef HOGWILD_CUDA
   bind_cuda(m);
-#endif
 }

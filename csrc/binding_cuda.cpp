@@ -1,4 +1,5 @@
-// Python's way to the CUDA backend: addresses of device memory and a stream, no tensors.
+// Python's way to the CUDA backend: addresses of device memory and a stream, no tensors. What a
+// step would do on a GPU is known without one: its tables are there in every build.
 
 #include "binding.h"
 #include "cuda/backend.h"
@@ -7,10 +8,12 @@ namespace hogwild {
 
 namespace {
 
+#ifdef HOGWILD_CUDA
 cuda::Step step_of(Address tables, const cuda::Tables& t) {
   return {reinterpret_cast<const void*>(tables), t.num_items(), t.num_merges(), t.num_tokens(),
           t.most_rows()};
 }
+#endif
 
 template <class T>
 py::bytes bytes_of(const T& tables) {
@@ -25,6 +28,7 @@ cuda::Tables make_tables(const StepPlan& step, int kv_heads, int padded_queries,
                       segments ? rows.data() : nullptr);
 }
 
+#ifdef HOGWILD_CUDA
 void append(const cuda::Tables& t, Address tables, int dtype, int kv_heads, int head_dim,
             std::array<int64_t, 3> key, std::array<int64_t, 3> value, Address key_pages,
             Address value_pages, float rope_scale, bool interleaved, Address stream) {
@@ -58,6 +62,7 @@ void attend(const cuda::Tables& t, Address tables, int dtype, int num_heads, int
   const py::gil_scoped_release release;
   cuda::attend(args, reinterpret_cast<void*>(stream));
 }
+#endif
 
 // Angles of `target_length` on the host; none: nothing is rotated.
 cuda::MoveTables make_move_tables(const std::vector<Address>& key_layers,
@@ -73,6 +78,7 @@ cuda::MoveTables make_move_tables(const std::vector<Address>& key_layers,
                           angles.data());
 }
 
+#ifdef HOGWILD_CUDA
 void move(Address tables, int num_layers, int dtype, int kv_heads, int head_dim, int32_t length,
           int32_t target_length, bool interleaved, Address stream) {
   const cuda::MoveArgs args{reinterpret_cast<const void*>(tables),
@@ -84,6 +90,7 @@ void move(Address tables, int num_layers, int dtype, int kv_heads, int head_dim,
   const py::gil_scoped_release release;
   cuda::move(args, reinterpret_cast<void*>(stream));
 }
+#endif
 
 }  // namespace
 
@@ -103,18 +110,21 @@ void bind_cuda(py::module_& m) {
       .def(py::init(&make_move_tables))
       .def_property_readonly("bytes", &bytes_of<cuda::MoveTables>);
 
-  c.def("append", &append);
-  c.def("attend", &attend);
-  c.def("move", &move);
   c.def("row_group",
         [](int dtype, int head_dim) { return cuda::row_group(DType(dtype), head_dim); });
   c.def("has_head_dim", &cuda::has_head_dim);
+
+#ifdef HOGWILD_CUDA
+  c.def("append", &append);
+  c.def("attend", &attend);
+  c.def("move", &move);
   c.def("built_architectures", &cuda::built_architectures);
   c.def("device_state", [](int device) {
     const cuda::DeviceState s = cuda::device_state(device);
     return py::make_tuple(s.usable, s.why_not, s.compute_capability, s.multiprocessors);
   });
   c.def("why_not", &cuda::why_not);
+#endif
 }
 
 }  // namespace hogwild
