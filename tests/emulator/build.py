@@ -161,7 +161,7 @@ def compile_unit(
     else:
         command = [*_host_compiler(), "-c", "-std=c++17", *HOST_FLAGS, *flags]
         command += ["-isystem", str(_cuda_headers())]
-    folder = _folder_of(command, _with_includes(source))
+    folder = _folder_of(command, with_includes(source))
     unit = Unit(source, folder / "object.o", folder / "kernels.ptx" if is_kernels else None)
     if not folder.exists():
         say(f"compiling {source.name}" + (f" for sm_{architecture}" if is_kernels else ""))
@@ -280,7 +280,7 @@ def _folder_of(command: Sequence[str], sources: Sequence[Path]) -> Path:
     return cache_folder() / digest.hexdigest()[:32]
 
 
-def _with_includes(source: Path) -> list[Path]:
+def with_includes(source: Path) -> list[Path]:
     """`source` and all headers beside it that it includes, directly or not."""
     found, waiting = [source], [source]
     while waiting:
