@@ -30,7 +30,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-CSRC = ROOT / "csrc"
+CSRC = Path(os.environ.get("HOGWILD_EMULATE_CSRC") or ROOT / "csrc")  # or a copy of it
 ARCHITECTURES = (80, 90, 100)  # one for each kind of PTX: before Hopper, Hopper, and the front end
 #                                that nvcc uses from Blackwell on
 UNUSED_SECONDS = 30 * 24 * 3600  # what nobody needed for that long is deleted
