@@ -113,6 +113,8 @@ void bind_cuda(py::module_& m) {
   c.def("row_group",
         [](int dtype, int head_dim) { return cuda::row_group(DType(dtype), head_dim); });
   c.def("has_head_dim", &cuda::has_head_dim);
+  c.def("why_not", &cuda::why_not, py::arg("runtime"), py::arg("driver"), py::arg("devices"),
+        py::arg("gpu"), py::arg("built"));
 
 #ifdef HOGWILD_CUDA
   c.def("append", &append);
@@ -121,9 +123,9 @@ void bind_cuda(py::module_& m) {
   c.def("built_architectures", &cuda::built_architectures);
   c.def("device_state", [](int device) {
     const cuda::DeviceState s = cuda::device_state(device);
-    return py::make_tuple(s.usable, s.why_not, s.compute_capability, s.multiprocessors);
+    return py::make_tuple(s.usable, s.why_not, s.compute_capability, s.multiprocessors, s.driver,
+                          s.runtime);
   });
-  c.def("why_not", &cuda::why_not);
 #endif
 }
 

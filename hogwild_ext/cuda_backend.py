@@ -171,7 +171,7 @@ class CudaBackend:
 def cuda_backend(name: str, device: torch.device) -> CudaBackend:
     """The backend of a GPU. ValueError with the remedy if it cannot be used."""
     index = device.index if device.index is not None else 0
-    usable, why_not, _, _ = _C.cuda.device_state(index)
+    usable, why_not, *_ = _C.cuda.device_state(index)
     if not usable:
         raise ValueError(f"{name}: expected a GPU that can be used, got {device}: {why_not}")
     return CudaBackend(torch.device("cuda", index))

@@ -102,15 +102,17 @@ struct DeviceState {
   std::string why_not;  // one sentence with the remedy; empty if usable
   int32_t compute_capability;  // 90 for 9.0; 0 if unknown
   int32_t multiprocessors;
+  int32_t driver, runtime;  // versions of CUDA, 13000 for 13.0; no driver: 0
 };
 
 // Never throws: a missing driver, one too old for this runtime, a GPU below sm_80 or one that the
 // binary has no code for are sentences in `why_not`.
 DeviceState device_state(int32_t device);
-// The sentence for a machine: versions as CUDA counts them (13000), 0 where there is none;
-// capabilities as 90 for 9.0; of the build's architectures the newest is there as PTX too.
+// The sentence for a machine, and empty if its GPU can be used. Versions as CUDA counts them
+// (13000), capabilities as 90 for 9.0, 0 where there is none; `built` is what built_architectures
+// gives. In every build.
 std::string why_not(int32_t runtime, int32_t driver, int32_t devices, int32_t gpu,
                     const std::vector<int32_t>& built);
-std::vector<int32_t> built_architectures();  // such as {80, 90}
+std::vector<int32_t> built_architectures();  // such as {80, 90}; the last one as PTX too
 
 }  // namespace hogwild::cuda
