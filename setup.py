@@ -7,17 +7,25 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+import build_cuda
+
 ROOT = Path(__file__).parent.resolve()
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends the build with a message that stands out in pip's output."""
     raise SystemExit(f"\n\nhogwild_ext: {message}\n")
+
+
+def say(message: str) -> None:
+    print(f"hogwild_ext: {message}", flush=True)
 
 
 def check_machine() -> None:
@@ -36,23 +44,42 @@ def check_machine() -> None:
         )
 
 
-def choose_backends() -> None:
-    """Says in one line what is built. HOGWILD_CUDA: auto (default), 0 or 1."""
-    wanted = os.environ.get("HOGWILD_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        fail(f"HOGWILD_CUDA: expected auto, 0 or 1, got {wanted!r}.")
-    if wanted == "1":
-        fail(
-            "HOGWILD_CUDA=1 was asked for, but this version has no CUDA backend yet. "
-            "Leave HOGWILD_CUDA unset to build the CPU backend."
+def choose_cuda() -> build_cuda.Choice:
+    """Says in one line what is built."""
+    try:
+        choice = build_cuda.choose(os.environ, build_cuda.probe())
+    except ValueError as error:
+        fail(f"{error}.")
+    except build_cuda.Unavailable as error:
+        fail(f"the CUDA backend cannot be built: {error}.")
+    say(f"building the CPU backend for {platform.machine()}, {choice}")
+    return choice
+
+
+def cuda_options(choice: build_cuda.Choice) -> tuple[list[str], dict[str, str]]:
+    """CMake's options for the CUDA backend, and the environment that it runs in."""
+    environment = dict(os.environ)
+    if not choice.toolkit:
+        return ["-DHOGWILD_CUDA=OFF"], environment
+    options = [
+        "-DHOGWILD_CUDA=ON",
+        f"-DHOGWILD_CUDA_ARCHS={';'.join(map(str, choice.architectures))}",
+        f"-DCMAKE_CUDA_COMPILER={choice.toolkit.nvcc}",
+    ]
+    if host := build_cuda.host_compiler(os.environ):
+        options.append(f"-DCMAKE_CUDA_HOST_COMPILER={host}")
+    if extra := choice.toolkit.library_path:
+        environment["LIBRARY_PATH"] = os.pathsep.join(
+            filter(None, [extra, environment.get("LIBRARY_PATH")])
         )
-    print(f"hogwild_ext: building the CPU backend for {platform.machine()}", flush=True)
+    return options, environment
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        started = time.monotonic()
         check_machine()
-        choose_backends()
+        cuda = choose_cuda()
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # Always from scratch: what CMake remembers of an earlier build points into pip's isolated
         # environment of that time, which is gone.
@@ -64,6 +91,7 @@ class CMakeBuild(build_ext):
 
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(min(os.cpu_count() or 1, 8))
+        options, environment = cuda_options(cuda)
         self.run_cmake(
             ["cmake", str(ROOT), *generator],
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
@@ -71,14 +99,18 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DHOGWILD_VERSION={self.distribution.get_version()}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *options,
             cwd=build,
+            env=environment,
         )
-        self.run_cmake(["cmake", "--build", ".", "--parallel", jobs], cwd=build)
+        self.run_cmake(["cmake", "--build", ".", "--parallel", jobs], cwd=build, env=environment)
+        size = sum(path.stat().st_size for path in target.glob("_C.*"))
+        say(f"built in {time.monotonic() - started:.0f} s, {size / 1e6:.1f} MB")
 
     @staticmethod
-    def run_cmake(command: list[str], *options: str, cwd: Path) -> None:
+    def run_cmake(command: list[str], *options: str, cwd: Path, env: dict[str, str]) -> None:
         try:
-            subprocess.run([*command, *options], cwd=cwd, check=True)
+            subprocess.run([*command, *options], cwd=cwd, env=env, check=True)
         except FileNotFoundError:
             fail("cmake was not found. Install it with: pip install cmake ninja")
         except subprocess.CalledProcessError as error:

@@ -82,8 +82,11 @@ def test_info_names_what_is_there():
     ("env", "message"),
     [
         ({"CXX": "no-such-compiler"}, "no C++ compiler found (looked for no-such-compiler)"),
-        ({"HOGWILD_CUDA": "1"}, "HOGWILD_CUDA=1 was asked for"),
-        ({"HOGWILD_CUDA": "yes"}, "HOGWILD_CUDA: expected auto, 0 or 1, got 'yes'"),
+        (
+            {"HOGWILD_CUDA": "1", "CUDACXX": "/nowhere/nvcc"},
+            "hogwild_ext: the CUDA backend cannot be built: /nowhere/nvcc does not run",
+        ),
+        ({"HOGWILD_CUDA": "yes"}, "hogwild_ext: HOGWILD_CUDA: expected auto, 0 or 1, got 'yes'."),
     ],
 )
 def test_the_build_stops_with_clear_words(tmp_path, env, message):
