@@ -16,6 +16,11 @@ from torch import Tensor
 
 from . import _C
 
+NO_CUDA_KERNELS = (
+    "this build has no CUDA kernels: in the source folder of hogwild_ext, type "
+    "HOGWILD_CUDA=1 pip install ."
+)
+
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -121,12 +126,7 @@ def backend_for(name: str, device: torch.device) -> Backend:
         from .cuda_backend import cuda_backend
 
         return cuda_backend(name, device)
-    remedy = ""
-    if device.type == "cuda":
-        remedy = (
-            "; this build has no CUDA kernels: install hogwild_ext again where the GPU is visible, "
-            "or with HOGWILD_CUDA=1"
-        )
+    remedy = f"; {NO_CUDA_KERNELS}" if device.type == "cuda" else ""
     raise ValueError(
         f"{name}: expected a device that this build has a backend for "
         f"({', '.join(_C.backends)}), got {device}{remedy}"

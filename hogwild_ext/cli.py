@@ -433,28 +433,29 @@ def _load_error(name: str, error: Exception) -> str:
 
 def choose_device(asked: str) -> tuple[str, str]:
     """The device for --device, and why. Raises CommandError for one that cannot be used."""
-    import torch
+    from .installation import gpus, hidden_gpu
 
-    from . import _C
-
-    built = "cuda" in _C.backends
     if asked == "cpu":
         return "cpu", "as asked"
     kind, _, number = asked.partition(":")
-    if asked != "auto" and (kind != "cuda" or (asked != "cuda" and not number.isdigit())):
+    if asked != "auto" and (kind != "cuda" or (asked != "cuda" and not number.isdecimal())):
         raise CommandError(f"--device: expected auto, cpu, cuda or cuda:N, got {asked!r}")
-    lacking = None
-    if not torch.cuda.is_available():
-        lacking = "no NVIDIA GPU is visible"
-    elif not built:
-        lacking = "this build computes on the CPU only"
-    elif number and int(number) >= torch.cuda.device_count():
-        lacking = f"the last visible GPU is cuda:{torch.cuda.device_count() - 1}"
+    found = gpus()
+    index = next((i for i, gpu in enumerate(found) if not gpu.why_not), 0)
+    if number:
+        index = int(number)
+    if not found:
+        lacking = hidden_gpu() or "no NVIDIA GPU is visible"
+    elif index >= len(found):
+        lacking = f"the last visible GPU is cuda:{len(found) - 1}"
+    else:
+        lacking = found[index].why_not
+    if not lacking:
+        first = f"{found[index].name}, the first GPU that can be used"
+        return f"cuda:{index}", "as asked" if number else first
     if asked == "auto":
-        return ("cpu", lacking) if lacking else ("cuda:0", "the first visible GPU")
-    if lacking:
-        raise CommandError(f"--device: {asked} cannot be used: {lacking}")
-    return f"cuda:{number or 0}", "as asked"
+        return "cpu", lacking
+    raise CommandError(f"--device: {asked} cannot be used: {lacking}")
 
 
 def choose_dtype(

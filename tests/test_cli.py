@@ -23,7 +23,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import hogwild_ext
-from hogwild_ext import cli, default_model, engine, live
+from hogwild_ext import cli, default_model, engine, installation, live
 from hogwild_ext.engine import Event
 from models import tiny_model
 from test_engine import VOCABULARY, byte_tokenizer
@@ -449,27 +449,33 @@ def test_a_bug_is_called_by_its_name(
 
 
 def test_the_device_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def machine(gpus: int, built: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        backends = ["cpu", "cuda"] if built else ["cpu"]
-        monkeypatch.setattr(hogwild_ext._C, "backends", backends)
+    def machine(*why_not: str, hidden: str | None = None) -> None:
+        gpus = tuple(installation.Gpu(f"Gpu {i}", "9.0", why) for i, why in enumerate(why_not))
+        monkeypatch.setattr(installation, "gpus", lambda: gpus)
+        monkeypatch.setattr(installation, "hidden_gpu", lambda: hidden)
 
-    machine(0, True)
+    def refused(asked: str) -> str:
+        with pytest.raises(cli.CommandError) as raised:
+            cli.choose_device(asked)
+        return str(raised.value)
+
+    machine()
     assert cli.choose_device("auto") == ("cpu", "no NVIDIA GPU is visible")
-    with pytest.raises(cli.CommandError, match="cuda cannot be used: no NVIDIA GPU is visible"):
-        cli.choose_device("cuda")
-    machine(1, False)
-    assert cli.choose_device("auto") == ("cpu", "this build computes on the CPU only")
-    with pytest.raises(cli.CommandError, match="cuda:0 cannot be used: this build"):
-        cli.choose_device("cuda:0")
-    machine(2, True)
-    assert cli.choose_device("auto")[0] == "cuda:0"
-    assert cli.choose_device("cuda") == ("cuda:0", "as asked")
+    for asked in ("cuda", "cuda:0", "cuda:3"):
+        assert refused(asked) == f"--device: {asked} cannot be used: no NVIDIA GPU is visible"
+    machine(hidden="torch is built without CUDA")
+    assert cli.choose_device("auto") == ("cpu", "torch is built without CUDA")
+    assert refused("cuda:1") == "--device: cuda:1 cannot be used: torch is built without CUDA"
+    machine("it is too old")
+    assert cli.choose_device("auto") == ("cpu", "it is too old")
+    assert refused("cuda") == "--device: cuda cannot be used: it is too old"
+    machine("it is too old", "")
+    for asked in ("auto", "cuda"):
+        assert cli.choose_device(asked) == ("cuda:1", "Gpu 1, the first GPU that can be used")
     assert cli.choose_device("cuda:1") == ("cuda:1", "as asked")
+    assert refused("cuda:0") == "--device: cuda:0 cannot be used: it is too old"
+    assert refused("cuda:2").endswith(": the last visible GPU is cuda:1")
     assert cli.choose_device("cpu") == ("cpu", "as asked")
-    with pytest.raises(cli.CommandError, match="the last visible GPU is cuda:1"):
-        cli.choose_device("cuda:2")
 
 
 def test_the_dtype_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
