@@ -38,10 +38,11 @@ class Both:
         model: transformers.PreTrainedModel,
         window: int | None = None,
         limit: float = ROUNDING,
+        eager_model: transformers.PreTrainedModel | None = None,
     ) -> None:
         self.limit = limit
         self.model = model
-        self.eager_model = copy.deepcopy(model)  # never patched
+        self.eager_model = eager_model or copy.deepcopy(model)  # never patched, on the CPU
         self.cache = hx.SegmentCache.for_model(model, max_tokens=8192)
         self.eager = EagerWorkers(self.eager_model, window)
         self.segments: dict[str, hx.Segment] = {}
@@ -83,7 +84,7 @@ class Both:
             logits="all",
         )
         for mine, theirs in zip(got, expected, strict=True):
-            assert_logits(mine, theirs, self.limit)
+            assert_logits(mine.cpu(), theirs, self.limit)
         for name, segment in self.segments.items():
             assert segment.tokens == self.twins[name].tokens, name
             assert len(segment) == len(self.twins[name]), name

@@ -329,7 +329,7 @@ def test_rotate_view_offsets_and_the_op_make_plain_attention(generator: torch.Ge
     Each worker's result is that of torch's attention over its own text in its own order.
     """
     lengths, views, brought = [40, 9, 12], [[0, 2, 1], [0, 1, 2]], [2, 3]
-    heads, kv_heads, dim = 6, 2, 32
+    heads, kv_heads, dim = 6, 2, 64
     inv_freq = inverse_frequencies(dim)
     raw = [torch.randn(n, kv_heads, dim, generator=generator) for n in lengths]
     values = [torch.randn(n, kv_heads, dim, generator=generator) for n in lengths]
