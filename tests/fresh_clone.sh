@@ -12,9 +12,9 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 mkdir "$place/home"
 
-clean() { # runs a command in the clone; of the caller's variables only pip's settings come along
+clean() { # runs a command in the clone; of the caller's variables pip's and HOGWILD_CUDA... come along
   (cd "$place/clone" && env -i PATH="$PATH" HOME="$place/home" TERM="${TERM:-dumb}" \
-    LANG="${LANG:-C.UTF-8}" $(env | grep '^PIP_' || true) bash -euo pipefail -c "$1")
+    LANG="${LANG:-C.UTF-8}" $(env | grep -E '^(PIP_|HOGWILD_CUDA)' || true) bash -euo pipefail -c "$1")
 }
 
 timed() { # timed TITLE COMMAND

@@ -98,7 +98,7 @@ def test_info_names_what_is_there():
         ((12080, 13000, 1, 90, [90]), None),
         ((13000, 13000, 0, 0, [90]), "the NVIDIA driver shows no GPU: see nvidia-smi"),
         ((13000, 13000, 1, 75, [80]), r"capability 7\.5 and the kernels need 8\.0 \(Ampere\)"),
-        ((13000, 13000, 1, 86, [80]), None),  # machine code of the same major version
+        ((13000, 13000, 1, 86, [80, 90]), None),  # machine code of the same major version
         (
             (13000, 13000, 1, 80, [86, 90]),
             r"capability 8\.0 and this build is for sm_86, sm_90: .* HOGWILD_CUDA_ARCHS=80$",
@@ -138,9 +138,8 @@ def machine(monkeypatch, tmp_path):
         for user in (installation, backends):
             monkeypatch.setattr(user, "_C", SimpleNamespace(**module))
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-        count = len(gpus) if torch_sees and torch_cuda else 0
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus) and torch_sees)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: gpus[i][0])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i][1])
         monkeypatch.setattr(installation, "DRIVER_FILES", (str(tmp_path),) if driver else ())
@@ -153,12 +152,12 @@ def last_line():
 
 
 def test_info_of_a_gpu_that_can_be_used(machine):
-    machine(H100, T4, states=["", "it is too old"])
+    machine(T4, H100, states=["it is too old", ""])
     report = str(hx.info())
     assert "  backends   cpu, cuda\n" in report
     assert "  CUDA       kernels for sm_80, sm_90 and, as PTX, for newer GPUs\n" in report
-    assert "  GPU        cuda:0 NVIDIA H100, compute capability 9.0\n" in report
-    assert "  GPU        cuda:1 Tesla T4, compute capability 7.5, cannot be used: it is" in report
+    assert "  GPU        cuda:0 Tesla T4, compute capability 7.5, cannot be used: it is" in report
+    assert "  GPU        cuda:1 NVIDIA H100, compute capability 9.0\n" in report
     assert "CUDA runtime 13.0, CUDA driver 12.4" in report
     assert f"up to {hx._C.MAX_DIM} (64, 96, 128, 256 fast); on a GPU 64, 96, 128, 256" in report
     assert "GPU is not used" not in report
@@ -171,6 +170,13 @@ def test_info_of_a_machine_without_gpus(machine):
     assert "is not used" not in report and "install one" not in report
 
 
+def test_info_of_a_gpu_of_another_make(machine):
+    """torch for ROCm shows it under the same names."""
+    machine(("AMD Instinct MI300X", (9, 4)), states=None, torch_cuda=None, driver=False)
+    report = str(hx.info())
+    assert "  GPU        none visible\n" in report and "is not used" not in report
+
+
 @pytest.mark.parametrize(
     ("gpus", "options", "last"),
     [
@@ -179,7 +185,7 @@ def test_info_of_a_machine_without_gpus(machine):
         ([T4], {"states": None}, r"capability 7\.5 and the kernels need 8\.0"),
         (
             [H100],
-            {"states": [""], "torch_cuda": None},
+            {"states": [""], "torch_cuda": None, "torch_sees": False},
             r"torch .* is built without CUDA: type pip install --force-reinstall torch$",
         ),
         ([H100], {"states": ["update the driver"], "torch_sees": False}, "update the driver$"),
