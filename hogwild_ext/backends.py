@@ -51,6 +51,8 @@ class PagedLayers:
     values: list[Tensor]
     key_addresses: list[int]
     value_addresses: list[int]
+    step_memory: Any = None
+    """The backend's own, from step to step: see `Backend.step_memory`."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,23 @@ class Backend(Protocol):
     def page_shape(self, dtype: int, kv_heads: int, dim: int, is_key: bool) -> tuple[int, ...]:
         """Shape of one page of keys or values."""
 
+    def step_memory(self) -> Any:
+        """Room for the plans of one cache's steps, at addresses that stay if they can."""
+
     def plan_step(self, layers: PagedLayers, layout: PlanInput) -> Any:
-        """What `attend_layer` needs, the same for all layers of a step."""
+        """What `attend_layer` needs, the same for all layers of a step. It replaces the last one.
+
+        RuntimeError while a graph is captured.
+        """
+
+    def is_capturing(self) -> bool:
+        """Whether launches are being captured into a graph, and not run."""
+
+    def replay(self, plan: Any, captured: Any, graph: Any) -> None:
+        """Run a graph that was captured with the plan `captured`, as the layers of `plan`.
+
+        ValueError if what it captured lies elsewhere now.
+        """
 
     def attend_layer(
         self, plan: Any, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,

@@ -23,7 +23,7 @@ import torch
 from . import _C, checks
 from .backends import Backend, PagedLayers, Scoring, backend_for
 from .pages import EMPTY_TABLE, PAGE_SIZE, PagePool, PagesExhausted, PageTable, pages_for
-from .step import Step
+from .step import CapturedStep, Step
 from .token_log import TokenLog
 
 T = TypeVar("T")
@@ -225,7 +225,9 @@ class SegmentCache:
             self._values,
             [storage.data_ptr() for storage in self._keys],
             [storage.data_ptr() for storage in self._values],
+            self._backend.step_memory(),
         )
+        self._graphs: weakref.WeakKeyDictionary[Any, CapturedStep] = weakref.WeakKeyDictionary()
 
     @classmethod
     def for_model(cls, model: Any, max_tokens: int = 65536) -> SegmentCache:
@@ -534,8 +536,15 @@ def _device(name: str, device: torch.device | str) -> tuple[torch.device, Backen
         device = torch.device(device)
     except RuntimeError:
         raise ValueError(f"{name}: expected a device or its name, got {device!r}") from None
-    backend = backend_for(name, device)
-    return torch.empty(0, device=device).device, backend  # "cuda" -> "cuda:0"
+    backend_for(name, device)  # before torch is asked: it says what to do
+    try:
+        device = torch.empty(0, device=device).device  # "cuda" -> the current one, such as "cuda:0"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name}: expected a device that torch can use, got {device}: {reason}"
+        ) from error
+    return device, backend_for(name, device)
 
 
 def _token_lists(

@@ -185,10 +185,10 @@ def is_head_dim(name: str, dim: int) -> int:
     return dim
 
 
-def heads_divide(num_heads: int, kv_heads: int) -> None:
+def heads_divide(num_heads: int, kv_heads: int, name: str = "query") -> None:
     if kv_heads < 1 or num_heads < 1 or num_heads % kv_heads:
         raise ValueError(
-            f"query: expected a number of heads that is a multiple of the {kv_heads} key heads, "
+            f"{name}: expected a number of heads that is a multiple of the {kv_heads} key heads, "
             f"got {num_heads}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,17 @@ class CpuBackend:
         elements = _C.key_page_elements if is_key else _C.value_page_elements
         return (elements(dtype, kv_heads, dim),)
 
+    def step_memory(self) -> None:
+        return None
+
     def plan_step(self, layers: PagedLayers, layout: PlanInput) -> _C.Plan:
         return layout.plan(_C.ROW_GROUP)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def replay(self, plan: _C.Plan, captured: _C.Plan, graph: Any) -> None:
+        raise ValueError(f"graph: expected a CUDA graph of a cache on a GPU, got {graph!r}")
 
     def attend_layer(
         self, plan: _C.Plan, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,

@@ -28,6 +28,44 @@ class DeviceStep:
     on_device: Tensor
     workspace: Tensor
 
+    def same_place(self, other: DeviceStep) -> bool:
+        mine, theirs = (
+            (step.on_device.data_ptr(), step.workspace.data_ptr()) for step in (self, other)
+        )
+        return mine == theirs
+
+
+class StepMemory:
+    """Device memory for a cache's steps, each of which overwrites the last one's.
+
+    That is safe on one stream, where a step's tables are copied behind the last step's kernels;
+    and steps on several streams have to wait for each other anyway, for the pages. The addresses
+    stay, so that a captured graph finds the next step's tables where it looks. Only growing moves
+    them; sizes are powers of two and not small, and so that is rare.
+    """
+
+    TABLE_BYTES = 2**22  # at first: a prefill of 4,000 tokens, or 40 workers that see 200 segments
+    WORKSPACE_FLOATS = 2**20
+
+    def __init__(self, device: torch.device) -> None:
+        self._tables = torch.empty(0, dtype=torch.uint8, device=device)
+        self._workspace = torch.empty(0, dtype=torch.float32, device=device)
+
+    def take(self, table_bytes: int, workspace_floats: int) -> tuple[Tensor, Tensor]:
+        """Room for tables and for partial results."""
+        self._tables = _grown(self._tables, max(table_bytes, self.TABLE_BYTES))
+        self._workspace = _grown(self._workspace, max(workspace_floats, self.WORKSPACE_FLOATS))
+        return self._tables[:table_bytes], self._workspace[:workspace_floats]
+
+
+def _grown(buffer: Tensor, size: int) -> Tensor:
+    """`buffer`, or a new one if it has fewer than `size` elements."""
+    if len(buffer) >= size:
+        return buffer
+    # Not an inference tensor, which a later step outside of inference mode could not copy to.
+    with torch.inference_mode(False):
+        return buffer.new_empty(1 << (size - 1).bit_length())
+
 
 class CudaBackend:
     """See `backends.Backend`."""
@@ -37,10 +75,24 @@ class CudaBackend:
 
     # ---- what an emulated device does otherwise -------------------------------------------------
 
-    def _to_device(self, data: bytes) -> Tensor:
-        """A copy on the device that the host does not wait for."""
-        host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return host.pin_memory().to(self._device, non_blocking=True)
+    def _send(self, data: bytes, to: Tensor) -> None:
+        """A copy to the device that the host does not wait for."""
+        host = torch.frombuffer(bytearray(data), dtype=torch.uint8).pin_memory()
+        # torch notes the copy in its cache of pinned memory, and does not give the block to anybody
+        # else before it is done.
+        to.copy_(host, non_blocking=True)
+
+    def is_capturing(self) -> bool:
+        with self._current():
+            return torch.cuda.is_current_stream_capturing()
+
+    def _refuse_capture(self) -> None:
+        """For what copies a layout to the device: a graph would copy that of now for ever."""
+        if self.is_capturing():
+            raise RuntimeError(
+                "CUDA graph: expected nothing to be captured but the layers of a step after "
+                "step.prepare(num_heads), got something that copies its layout to the device"
+            )
 
     def _stream(self) -> int:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
@@ -68,23 +120,43 @@ class CudaBackend:
 
     # ---- attention ------------------------------------------------------------------------------
 
+    def step_memory(self) -> StepMemory:
+        return StepMemory(self._device)
+
     def _make_step(
         self,
         layout: PlanInput,
         dtype: int,
         head_dim: int,
+        memory: StepMemory | None = None,
         padded_queries: int = 0,
         segments: list[tuple[int, ...]] | None = None,
     ) -> DeviceStep:
+        self._refuse_capture()
         plan = layout.plan(_C.cuda.row_group(dtype, head_dim))
         tables = _C.cuda.Tables(plan, layout.kv_heads, padded_queries, segments)
-        floats = tables.workspace_floats(layout.kv_heads, head_dim)
-        workspace = torch.empty(max(floats, 4), dtype=torch.float32, device=self._device)
-        return DeviceStep(tables, self._to_device(tables.bytes), workspace)
+        data = tables.bytes
+        floats = max(tables.workspace_floats(layout.kv_heads, head_dim), 4)  # 0 have no address
+        if memory is not None:
+            on_device, workspace = memory.take(len(data), floats)
+        else:
+            on_device = torch.empty(len(data), dtype=torch.uint8, device=self._device)
+            workspace = torch.empty(floats, dtype=torch.float32, device=self._device)
+        self._send(data, on_device)
+        return DeviceStep(tables, on_device, workspace)
 
     def plan_step(self, layers: PagedLayers, layout: PlanInput) -> DeviceStep:
         with self._current():
-            return self._make_step(layout, layers.dtype, layers.head_dim)
+            return self._make_step(layout, layers.dtype, layers.head_dim, layers.step_memory)
+
+    def replay(self, plan: DeviceStep, captured: DeviceStep, graph: Any) -> None:
+        if not plan.same_place(captured):
+            raise ValueError(
+                "graph: expected one captured since the step's tables were moved, which have "
+                "outgrown their memory; capture it again"
+            )
+        with self._current():
+            graph.replay()
 
     def attend_layer(
         self, plan: DeviceStep, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,
@@ -113,7 +185,9 @@ class CudaBackend:
     ) -> None:  # fmt: skip
         queries, head_dim = query.shape[1], query.shape[3]
         with self._current():
-            step = self._make_step(layout, dtype, head_dim, queries, segments)
+            step = self._make_step(
+                layout, dtype, head_dim, padded_queries=queries, segments=segments
+            )
             self._attend_rows(step, layout, dtype, query, keys, values, out, lse, scoring)
 
     def _attend_rows(
@@ -149,8 +223,12 @@ class CudaBackend:
         tables = _C.cuda.MoveTables(
             layers.key_addresses, layers.value_addresses, source, target, target_length, inv_freq
         )
+        data = tables.bytes
         with self._current():
-            self._launch_move(layers, self._to_device(tables.bytes), count, target_length)
+            self._refuse_capture()
+            on_device = torch.empty(len(data), dtype=torch.uint8, device=self._device)
+            self._send(data, on_device)
+            self._launch_move(layers, on_device, count, target_length)
 
     def _launch_move(
         self, layers: PagedLayers, tables: Tensor, count: int, target_length: int
@@ -170,7 +248,7 @@ class CudaBackend:
 
 def cuda_backend(name: str, device: torch.device) -> CudaBackend:
     """The backend of a GPU. ValueError with the remedy if it cannot be used."""
-    index = device.index if device.index is not None else 0
+    index = device.index or 0
     usable, why_not, *_ = _C.cuda.device_state(index)
     if not usable:
         raise ValueError(f"{name}: expected a GPU that can be used, got {device}: {why_not}")

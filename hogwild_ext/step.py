@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,15 @@ Offsets = np.ndarray[Any, np.dtype[np.int32]]
 
 _KEYS = "[tokens, kv_heads, head_dim]"
 _VALUES = "[tokens, kv_heads, value_dim]"
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """What a CUDA graph of all layers was captured for. The plan keeps its memory alive."""
+
+    num_tokens: int
+    num_heads: int
+    plan: Any
 
 
 class Step:
@@ -56,6 +66,8 @@ class Step:
         self._state = "not entered"
         self._before = cache._savepoint(writers)
         self._attended = bytearray(cache.num_layers)
+        self._captured = bytearray(cache.num_layers)
+        self._is_prepared = False
 
         # What attend compares with in every layer. Only the queries tell how many heads there are,
         # so that the plan is made in the first layer.
@@ -143,8 +155,7 @@ class Step:
         of the `with` block, or if an input requires grad while grad mode is on.
         """
         cache = self._cache
-        if self._state != "open":
-            raise RuntimeError(f"step: expected an open one, got one that is {self._state}")
+        self._require_open()
         dtype, device = cache.dtype, cache.device
         try:
             as_planned = (
@@ -166,7 +177,7 @@ class Step:
             as_planned = False
         if not as_planned:
             layer = self._check(layer, query, key, value)
-        if self._attended[layer]:
+        if self._attended[layer] or self._captured[layer]:
             raise ValueError(f"layer: expected one not attended in this step so far, got {layer}")
         if out is None:
             out = torch.empty(self._out_shape, dtype=dtype, device=device)
@@ -176,9 +187,85 @@ class Step:
         cache._backend.attend_layer(
             self._plan, cache._layers, layer, query, key, value, out, self._threads
         )
-        self._attended[layer] = True
+        capturing = self._is_prepared and cache._backend.is_capturing()
+        (self._captured if capturing else self._attended)[layer] = True
         cache.stats.attention_seconds += time.perf_counter() - started
         return out
+
+    # ---- CUDA graphs ------------------------------------------------------------------------
+
+    def prepare(self, num_heads: int) -> None:
+        """Plan for queries of `num_heads` heads and send the plan to the device, ahead of `attend`.
+
+        Only a CUDA graph needs it: between here and the end of the step the layers then are
+        launches and nothing else, and `torch.cuda.graph` can capture them. Later steps `replay`
+        the graph, with other segments and views if need be.
+
+            graph = torch.cuda.CUDAGraph()
+            with cache.step(views, [1, 1]) as step:
+                step.prepare(num_heads)
+                with torch.cuda.graph(graph):  # captured, not run
+                    for layer in range(num_layers):
+                        out[layer] = step.attend(layer, query[layer], key[layer], value[layer])
+                step.replay(graph)
+            with cache.step(views, [1, 1]) as step:
+                ...  # write the new queries, keys and values into the same tensors
+                step.replay(graph)
+
+        Raises TypeError or ValueError for a bad `num_heads`, RuntimeError outside of the `with`
+        block, and while a graph is captured or after it.
+        """
+        self._require_open()
+        if any(self._captured):
+            raise RuntimeError("step: expected prepare before a capture, got it after one")
+        num_heads = checks.is_integer("num_heads", num_heads, 1)
+        checks.heads_divide(num_heads, self._cache.num_kv_heads, "num_heads")
+        self._plan_for(num_heads)
+        self._is_prepared = True
+
+    def replay(self, graph: Any) -> None:
+        """Run all layers as `graph` captured them, on the tensors that it captured.
+
+        The step that captures has to do it too: a capture by itself runs nothing. A later step may
+        have other views, longer segments and fewer tokens than that one, T' <= T in all: then the
+        first T' rows of the queries, keys and values are read, and the first T' of the outputs
+        written.
+
+        Raises TypeError for what is not a graph, RuntimeError outside of the `with` block, and
+        ValueError for a graph that did not capture every layer of a step of this cache, that was
+        captured with fewer tokens, or whose memory the cache has outgrown: capture it again.
+        """
+        self._require_open()
+        cache = self._cache
+        if not hasattr(graph, "replay"):
+            raise TypeError(f"graph: expected a torch.cuda.CUDAGraph, got {checks.describe(graph)}")
+        if any(self._attended):
+            raise ValueError("graph: expected a step of which no layer has been attended so far")
+        if any(self._captured):
+            if not all(self._captured):
+                missing = [layer for layer, done in enumerate(self._captured) if not done]
+                raise ValueError(f"graph: expected every layer in it, but {missing} are not")
+            cache._graphs[graph] = CapturedStep(self.num_tokens, self._query_shape[1], self._plan)
+        captured = cache._graphs.get(graph)
+        if captured is None:
+            raise ValueError(
+                f"graph: expected one that captured a step of this cache, got {graph!r}"
+            )
+        if self.num_tokens > captured.num_tokens:
+            raise ValueError(
+                f"graph: expected one captured with at least this step's {self.num_tokens} new "
+                f"tokens, got one with {captured.num_tokens}"
+            )
+        if not any(self._captured):
+            self._plan_for(captured.num_heads)
+        started = time.perf_counter()
+        cache._backend.replay(self._plan, captured.plan, graph)
+        self._attended[:] = b"\1" * cache.num_layers
+        cache.stats.attention_seconds += time.perf_counter() - started
+
+    def _require_open(self) -> None:
+        if self._state != "open":
+            raise RuntimeError(f"step: expected an open one, got one that is {self._state}")
 
     def _check(self, layer: int, query: Any, key: Any, value: Any) -> int:
         """Everything that attend asks of its arguments, and a plan for the queries' heads."""
@@ -199,11 +286,15 @@ class Step:
                 )
             self._check_storage(name, tensor)
         checks.heads_divide(heads, cache.num_kv_heads)
-        if self._plan is None or query_shape != self._query_shape:
-            self._plan = self._make_plan(heads // cache.num_kv_heads)
-            self._query_shape = query_shape
-            self._out_shape = (self.num_tokens, heads, cache.value_dim)
+        if query_shape != self._query_shape:
+            self._plan_for(heads)
         return layer
+
+    def _plan_for(self, num_heads: int) -> None:
+        cache = self._cache
+        self._plan = self._make_plan(num_heads // cache.num_kv_heads)
+        self._query_shape = (self.num_tokens, num_heads, cache.head_dim)
+        self._out_shape = (self.num_tokens, num_heads, cache.value_dim)
 
     def _check_storage(self, name: str, tensor: torch.Tensor) -> None:
         dtype, device = self._cache.dtype, self._cache.device
@@ -256,8 +347,10 @@ class Step:
         """Make the new tokens part of their segments."""
         cache = self._cache
         if missing := [layer for layer, done in enumerate(self._attended) if not done]:
+            hint = "; what was captured runs in step.replay(graph)" if any(self._captured) else ""
             raise ValueError(
-                f"step: expected every layer to be attended once, but layers {missing} were not"
+                f"step: expected every layer to be attended once, but layers {missing} were "
+                f"not{hint}"
             )
         for segment, ids in zip(self._writers, self._ids, strict=True):
             segment._log.extend(ids)

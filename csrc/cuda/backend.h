@@ -2,7 +2,8 @@
 //
 // Nothing here allocates on the device, copies to it or waits for it: the caller owns the memory,
 // copies a step's tables there once, and passes addresses and the stream. Each launch reads its
-// counts from the tables, so that a captured launch stays right when the tables are replaced.
+// counts from the tables, so that a captured launch stays right when the tables are replaced by
+// those of a step with as many query heads and no more tokens.
 
 #pragma once
 
@@ -16,6 +17,9 @@ namespace hogwild::cuda {
 
 // Rows that one pass over the keys serves at most: what the plan's row groups may hold.
 int32_t row_group(DType dtype, int32_t head_dim);
+
+// Items of a step, all KV heads together, that keep the largest GPUs busy to the end.
+constexpr int64_t ITEMS_WANTED = 1056;
 
 // Whether there are kernels for this head dimension; value_dim must equal it.
 bool has_head_dim(int32_t head_dim);

@@ -85,6 +85,8 @@ void launch_merge(const AttendParams& params, int head_dim, dim3 blocks, cudaStr
   check(cudaGetLastError(), "merge: launch");
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 unsigned blocks_for(int64_t work) { return unsigned(std::clamp<int64_t>(work, 1, 1 << 20)); }
 
 }  // namespace
@@ -95,16 +97,24 @@ void attend(const AttendArgs& args, void* stream_address) {
   const bool capturing = is_capturing(stream);
   if (args.step.num_items == 0 && !capturing) return;
   const Heads& heads = args.heads;
-  // A captured launch may meet more items and rows later: the blocks take them in turn.
-  const unsigned blocks = blocks_for(int64_t(args.step.num_items) * heads.kv_heads);
-  const int most_rows = capturing ? ROW_GROUP : args.step.most_rows;
+  const int most_rows = args.step.most_rows;
+  int64_t items = int64_t(args.step.num_items) * heads.kv_heads;
+  int64_t merges = int64_t(args.step.num_merges) * heads.kv_heads;
+  if (capturing) {
+    // A later step may have longer segments: more items, more groups of rows to merge. Any number
+    // of blocks is right, since they take the work in turn. It has no more tokens, and so no item
+    // with more rows than the kernel chosen here takes.
+    items = std::max(items, ITEMS_WANTED);
+    merges = ceil_div(int64_t(args.step.num_tokens) * heads.group,
+                      row_group(heads.dtype, heads.head_dim)) *
+             heads.kv_heads;
+  }
   dispatch(heads.dtype, [&](auto type) {
     using T = decltype(type);
-    launch_attention<T>(params, heads.head_dim, most_rows, blocks, stream);
-    if (args.step.num_merges == 0 && !capturing) return;
-    const dim3 merges(blocks_for(int64_t(args.step.num_merges) * heads.kv_heads),
-                      unsigned(std::max(1, most_rows)));
-    launch_merge<T>(params, heads.head_dim, merges, stream);
+    launch_attention<T>(params, heads.head_dim, most_rows, blocks_for(items), stream);
+    if (merges == 0) return;
+    const dim3 blocks(blocks_for(merges), unsigned(std::max(1, most_rows)));
+    launch_merge<T>(params, heads.head_dim, blocks, stream);
   });
 }
 

@@ -11,8 +11,6 @@ namespace hogwild::cuda {
 
 namespace {
 
-// Items of a step, all KV heads together, that keep the largest GPUs busy to the end.
-constexpr int64_t ITEMS_WANTED = 1056;
 // Partial results beyond this much are not worth the memory: then items fold more visits.
 constexpr int64_t MOST_SLOT_ROWS = int64_t(1) << 20;
 

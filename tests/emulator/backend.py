@@ -4,8 +4,8 @@ each call is made known to the sanitizer."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from hogwild_ext.backends import Ints, PagedLayers, PlanInput, Scoring
 from hogwild_ext.cuda_backend import CudaBackend, DeviceStep
 
 from .engine import Engine
+from .runtime import Call, Runtime
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
@@ -29,20 +30,24 @@ def span(tensor: Tensor) -> tuple[int, int]:
 class EmulatedBackend(CudaBackend):
     """Raises AssertionError after a call in which the sanitizer found something."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, runtime: Runtime) -> None:
         super().__init__(torch.device("cpu"))
         self._engine = engine
+        self._runtime = runtime
         self._storages: dict[int, Any] = {}
+        self._captured: list[tuple[Sequence[Tensor], Tensor]] = []  # inputs and output of a layer
 
-    def _to_device(self, data: bytes) -> Tensor:
-        tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()
-        return tensor
+    def _send(self, data: bytes, to: Tensor) -> None:
+        to.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def _stream(self) -> int:
         return 0
 
     def _current(self) -> Any:
         return nullcontext()
+
+    def is_capturing(self) -> bool:
+        return self._runtime.is_capturing
 
     # ---- memory ---------------------------------------------------------------------------------
 
@@ -77,6 +82,12 @@ class EmulatedBackend(CudaBackend):
         self._watch(layers)
         with self._calling([plan.on_device, query, key, value], [out, plan.workspace]):
             super().attend_layer(plan, layers, layer, query, key, value, out, threads)
+        if self.is_capturing():
+            self._captured.append(((query, key, value), out))
+
+    def replay(self, plan: DeviceStep, captured: DeviceStep, graph: Any) -> None:
+        with self._calling([plan.on_device], [plan.workspace]):
+            super().replay(plan, captured, graph)
 
     def _attend_rows(
         self, step: DeviceStep, layout: PlanInput, dtype: int, query: Tensor,
@@ -98,3 +109,30 @@ class EmulatedBackend(CudaBackend):
         self, layers: PagedLayers, layer: int, is_key: bool, table: Ints, length: int
     ) -> Tensor:
         return super().read(layers, layer, is_key, np.ascontiguousarray(table), length)
+
+    # ---- graphs ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def capture(self) -> Iterator[EmulatedGraph]:
+        """A graph of the layers that are attended in the block, on the tensors given there."""
+        graph, self._captured = EmulatedGraph(self), []
+        with self._runtime.capture() as calls:
+            yield graph
+        graph.calls, graph.layers = calls, self._captured
+
+    def run(self, graph: EmulatedGraph) -> None:
+        inputs = [tensor for given, _ in graph.layers for tensor in given]
+        with self._calling(inputs, [out for _, out in graph.layers]):
+            self._runtime.replay(graph.calls)
+
+
+class EmulatedGraph:
+    """What `torch.cuda.CUDAGraph` is to a GPU."""
+
+    def __init__(self, backend: EmulatedBackend) -> None:
+        self._backend = backend
+        self.calls: list[Call] = []
+        self.layers: list[tuple[Sequence[Tensor], Tensor]] = []
+
+    def replay(self) -> None:
+        self._backend.run(self)

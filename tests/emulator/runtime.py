@@ -63,6 +63,7 @@ class Runtime:
         library.emulated_num_kernels.restype = ctypes.c_int64
         library.emulated_detail.restype = ctypes.c_char_p
         self._loader: object = None  # ctypes does not keep it alive
+        self.is_capturing = False
 
     # ---- the device -----------------------------------------------------------------------------
 
@@ -144,9 +145,11 @@ class Runtime:
         captured: list[Call] = []
         first = self._library.emulated_num_calls()
         self._library.emulated_capture(1, ctypes.c_uint64(stream))
+        self.is_capturing = True
         try:
             yield captured
         finally:
+            self.is_capturing = False
             self._library.emulated_capture(0, ctypes.c_uint64(0))
         calls = [self._call(i) for i in range(first, self._library.emulated_num_calls())]
         captured += [call for call in calls if call.is_captured]

@@ -69,7 +69,7 @@ def start(architecture: int | None = None) -> Session:
     from .backend import EmulatedBackend
 
     hogwild_ext._C = module  # type: ignore[misc]
-    emulated = EmulatedBackend(engine)
+    emulated = EmulatedBackend(engine, runtime)
 
     def backend_for(name: str, where: torch.device) -> backends.Backend:
         if where.type != "cpu":
