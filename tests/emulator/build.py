@@ -90,6 +90,11 @@ def build_library(
     )
 
 
+def build_engine(say: Callable[[str], None] = lambda line: None) -> Path:
+    """A shared library of the engine alone, which runs PTX that is given as text. Needs no nvcc."""
+    return link(compile_all([(HERE / "engine.cpp", ENGINE_FLAGS)], 0, say), "engine.so")
+
+
 def _library_sources() -> list[tuple[Path, tuple[str, ...]]]:
     """What `_C` is made of, each with its own flags."""
     kernels = CSRC / "cpu" / "kernels.cpp"
@@ -108,7 +113,8 @@ def _library_sources() -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def _emulator_sources() -> list[tuple[Path, tuple[str, ...]]]:
-    return [(HERE / "engine.cpp", ENGINE_FLAGS), (HERE / "runtime.cpp", ("-O2",))]
+    runtime_flags = ("-O2", *_cuda_headers())
+    return [(HERE / "engine.cpp", ENGINE_FLAGS), (HERE / "runtime.cpp", runtime_flags)]
 
 
 @cache
@@ -125,6 +131,7 @@ def _module_flags() -> list[str]:
         pybind11.get_include(),
         "-isystem",
         sysconfig.get_path("include"),
+        *_cuda_headers(),
     ]
 
 
@@ -160,7 +167,6 @@ def compile_unit(
         command += ["-gencode", f"arch={virtual},code={virtual}", *flags]
     else:
         command = [*_host_compiler(), "-c", "-std=c++17", *HOST_FLAGS, *flags]
-        command += ["-isystem", str(_cuda_headers())]
     folder = _folder_of(command, with_includes(source))
     unit = Unit(source, folder / "object.o", folder / "kernels.ptx" if is_kernels else None)
     if not folder.exists():
@@ -229,12 +235,13 @@ def _nvcc() -> tuple[str, ...]:
 
 
 @cache
-def _cuda_headers() -> Path:
+def _cuda_headers() -> tuple[str, ...]:
+    """Flags for a source that is not nvcc's but includes CUDA's headers."""
     dry = subprocess.run([*_nvcc(), "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
     include = re.search(r'^#\$ INCLUDES="-I(.*?)"', dry.stderr, re.M)
     if not include:
         raise BuildError(f"nvcc --dryrun did not say where its headers are:\n{dry.stderr}")
-    return Path(include[1]).resolve()
+    return "-isystem", str(Path(include[1]).resolve())
 
 
 @cache
@@ -243,10 +250,12 @@ def _host_compiler() -> tuple[str, ...]:
 
 
 @cache
-def _compilers() -> str:
+def _compilers(uses_cuda: bool) -> str:
     """What the compilers say of themselves; a new version builds everything anew."""
-    commands = [[*_nvcc(), "--version"], [*_host_compiler(), "--version"]]
-    versions = [subprocess.run(c, capture_output=True, text=True).stdout for c in commands]
+    commands = [_host_compiler(), *([_nvcc()] if uses_cuda else [])]
+    versions = [
+        subprocess.run([*c, "--version"], capture_output=True, text=True).stdout for c in commands
+    ]
     pybind = importlib.metadata.version("pybind11")
     return "\n".join([*versions, pybind, sys.version, _cpu_flags()])
 
@@ -274,7 +283,8 @@ def cache_folder() -> Path:
 
 def _folder_of(command: Sequence[str], sources: Sequence[Path]) -> Path:
     """Where the result of `command` on `sources` (all that it reads) belongs."""
-    digest = hashlib.sha256("\0".join([_compilers(), *command]).encode())
+    uses_cuda = "nvcc" in Path(command[0]).name or "-isystem" in command
+    digest = hashlib.sha256("\0".join([_compilers(uses_cuda), *command]).encode())
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return cache_folder() / digest.hexdigest()[:32]

@@ -4,6 +4,9 @@
 //
 // Warps of a block run one after the other, each until a barrier. Lanes of a warp that part run the
 // part with the smallest program counter first, so that they meet again where the code does.
+//
+// Registers of 64 bits know which buffer an address in them belongs to, as a pointer of C++ does:
+// an access that leaves it is seen even if it hits another buffer.
 
 #include "engine.h"
 
@@ -12,6 +15,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -26,6 +30,7 @@ using u8 = uint8_t;
 using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
+using s8 = int8_t;
 using s16 = int16_t;
 using s32 = int32_t;
 using s64 = int64_t;
@@ -50,7 +55,7 @@ struct Instruction {
   int kind;  // see below
   int predicate = -1;  // offset of its register, or -1
   bool negated = false;
-  int d[8], s[12];  // offsets of registers
+  int d[4], s[10];  // offsets of registers
   int num_d = 0, num_s = 0;
   s64 immediate = 0;  // of an address, or a count
   int target = -1;
@@ -97,11 +102,13 @@ std::map<std::string, size_t> finding_places;
 
 // ---- global memory ------------------------------------------------------------------------
 
-// Who touched a granule last: launch in the high half, block in the low one.
+// Who touched a granule last.
 struct Touch {
-  u64 writer = 0, reader = 0;
+  u32 write_launch = 0, writer = 0;  // a block
+  u32 read_launch = 0, reader = 0;  // a block or SEVERAL, and perhaps NON_COHERENT
 };
-constexpr u64 SEVERAL = 0xffffffff;
+constexpr u32 SEVERAL = 0x7fffffff;
+constexpr u32 NON_COHERENT = 0x80000000;  // through ld.global.nc
 
 // What is known of a piece of memory, made when a kernel touches it first: a cache may be large.
 constexpr u64 SHADOW = 1 << 12;  // granules
@@ -125,25 +132,43 @@ struct Region {
 };
 
 std::map<u64, std::unique_ptr<Region>> regions;  // by address
-u64 launch_serial = 0;
+u32 launch_serial = 0;
 
-Region* find_region(u64 address, u64 bytes) {
-  auto next = regions.upper_bound(address);
-  while (next != regions.begin()) {  // regions may lie within each other
-    --next;
-    if (next->second->has(address, bytes)) return next->second.get();
-    if (address - next->first > (u64(1) << 40)) break;
-  }
-  return nullptr;
+// The regions in the order of their addresses; a buffer's number is its place here, and one more.
+struct Placed {
+  Region* region;
+  u64 highest_end;  // of this one and all before it
+};
+std::vector<Placed> placed;
+using Buffer = u16;
+constexpr Buffer UNKNOWN = 0;
+
+void place_regions() {
+  placed.clear();
+  for (auto& [begin, region] : regions)
+    placed.push_back({region.get(), placed.empty()
+                                        ? region->end
+                                        : std::max(region->end, placed.back().highest_end)});
+}
+
+Region* region_of(Buffer buffer) { return buffer == UNKNOWN ? nullptr : placed[buffer - 1].region; }
+
+// The region that has these bytes. Regions may lie within each other: the one that begins last.
+Buffer find_buffer(u64 address, u64 bytes) {
+  const auto after = std::upper_bound(placed.begin(), placed.end(), address,
+                                      [](u64 a, const Placed& p) { return a < p.region->begin; });
+  for (size_t n = after - placed.begin(); n && placed[n - 1].highest_end > address; --n)
+    if (placed[n - 1].region->has(address, bytes)) return Buffer(n);
+  return UNKNOWN;
 }
 
 // ---- blocks and warps ---------------------------------------------------------------------
 
 struct SharedGranule {
   s32 write_epoch = -1, read_epoch = -1;
+  u32 write_moment = 0, read_moment = 0;  // the warp's, see Warp::moment
   s16 write_warp = -1, read_warp = -1;  // -2: several
-  s16 write_lane = -1;
-  u32 write_moment = 0;  // the warp's, see Warp::moment
+  s8 write_lane = -1, read_lane = -1;  // -2: several
   u8 initialised = 0, in_flight = 0;
 };
 
@@ -174,7 +199,6 @@ struct Warp {
   bool together = true;
   int pcs[LANES];
   bool waiting = false;
-  int barrier = 0;
   u32 moment = 0;  // counts what orders memory within the warp
   int group[LANES] = {};  // of copies
   std::vector<Copy> copies[LANES];
@@ -189,6 +213,8 @@ struct Warp {
   T* reg(int offset) {
     return reinterpret_cast<T*>(reinterpret_cast<u8*>(storage.data()) + offset);
   }
+  // Of a register of 64 bits: the buffers that its addresses point into.
+  Buffer* buffers(int offset) { return reg<Buffer>(offset + LANES * 8); }
   int thread(int lane) const { return number * LANES + lane; }
 
   void report(const char* kind, int lane, u64 address = 0, int other = -1) {
@@ -221,10 +247,11 @@ struct Warp {
 
 // ---- watching -----------------------------------------------------------------------------
 
-bool watch_shared(Warp& w, int lane, u32 address, int bytes, bool write) {
+// `written`: what is about to be stored; null for a read. False if the access must not be made.
+bool watch_shared(Warp& w, int lane, u64 address, int bytes, const u8* written) {
   Block& b = w.block;
-  if (u64(address) + bytes > b.shared.size()) {
-    w.report(write ? "shared write out of bounds" : "shared read out of bounds", lane, address);
+  if (address + bytes > b.shared.size()) {
+    w.report(written ? "shared write out of bounds" : "shared read out of bounds", lane, address);
     return false;
   }
   if (address % bytes) {
@@ -232,73 +259,94 @@ bool watch_shared(Warp& w, int lane, u32 address, int bytes, bool write) {
     return false;
   }
   if (!checks) return true;
-  for (u32 g = address / GRANULE; g <= (address + bytes - 1) / GRANULE; ++g) {
+  const auto same = [&] { return std::memcmp(&b.shared[address], written, bytes) == 0; };
+  for (u64 g = address / GRANULE; g <= (address + bytes - 1) / GRANULE; ++g) {
     SharedGranule& s = b.granules[g];
     const int writer = s.write_warp * LANES + s.write_lane;
     if (s.in_flight)
-      w.report(write ? "overwrites data of an unfinished copy" : "reads data of an unfinished copy",
-               lane, address, writer);
-    const bool written_now = s.write_epoch == b.epoch;
-    if (written_now && s.write_warp != w.number)
-      w.report(write ? "race of shared writes between warps"
-                     : "race of a shared read with a write "
-                       "of another warp",
-               lane, address, writer);
-    if (written_now && s.write_warp == w.number && s.write_lane != lane &&
-        s.write_moment == w.moment)
-      w.report(write ? "race of shared writes within a warp"
-                     : "race of a shared read with a write within a warp",
-               lane, address, writer);
-    if (write) {
-      if (s.read_epoch == b.epoch && s.read_warp != w.number)
+      w.report(
+          written ? "overwrites data of an unfinished copy" : "reads data of an unfinished copy",
+          lane, address, writer);
+    if (s.write_epoch == b.epoch) {
+      if (s.write_warp != w.number)
+        w.report(!written ? "race of a shared read with a write of another warp"
+                 : same() ? "race of shared writes between warps, of the same value"
+                          : "race of shared writes between warps",
+                 lane, address, writer);
+      else if (s.write_lane != lane && s.write_moment == w.moment)
+        w.report(!written ? "race of a shared read with a write within a warp"
+                 : same() ? "race of shared writes within a warp, of the same value"
+                          : "race of shared writes within a warp",
+                 lane, address, writer);
+    }
+    const bool read = s.read_epoch == b.epoch, read_here = read && s.read_warp == w.number,
+               read_now = read_here && s.read_moment == w.moment;
+    if (written) {
+      if (read && !read_here)
         w.report("race of a shared write with a read of another warp", lane, address);
+      if (read_now && s.read_lane != lane)
+        w.report("race of a shared write with a read within a warp", lane, address);
       s.write_epoch = b.epoch;
       s.write_warp = s16(w.number);
-      s.write_lane = s16(lane);
+      s.write_lane = s8(lane);
       s.write_moment = w.moment;
       s.initialised = 1;
     } else {
       if (!s.initialised) w.report("reads uninitialised shared memory", lane, address);
-      if (s.read_epoch != b.epoch) {
-        s.read_epoch = b.epoch;
-        s.read_warp = s16(w.number);
-      } else if (s.read_warp != w.number) {
-        s.read_warp = -2;
-      }
+      s.read_warp = s16(read && !read_here ? -2 : w.number);
+      s.read_lane = s8(read_now && s.read_lane != lane ? -2 : lane);
+      s.read_epoch = b.epoch;
+      s.read_moment = w.moment;
     }
   }
   return true;
 }
 
-bool watch_global(Warp& w, int lane, u64 address, int bytes, int alignment, bool write) {
+// The same for global memory; `buffer` is what the address was made from.
+bool watch_global(Warp& w, int lane, u64 address, Buffer buffer, int bytes, int alignment,
+                  const u8* written, bool non_coherent = false) {
   if (address % alignment) {
     w.report("misaligned global access", lane, address);
     return false;
   }
-  Region* r = find_region(address, bytes);
-  if (!r) {
-    w.report(write ? "global write out of bounds" : "global read out of bounds", lane, address);
+  Region* r = region_of(buffer != UNKNOWN ? buffer : find_buffer(address, bytes));
+  if (!r || !r->has(address, bytes)) {
+    w.report(written ? "global write out of bounds" : "global read out of bounds", lane, address);
     return false;
   }
   if (!checks) return true;
-  const u64 me = launch_serial << 32 | u32(w.block.id);
+  const u32 me = u32(w.block.id);
+  const auto same = [&] {
+    return std::memcmp(reinterpret_cast<const u8*>(address), written, bytes) == 0;
+  };
   for (u64 g = (address - r->begin) / GRANULE; g <= (address + bytes - 1 - r->begin) / GRANULE;
        ++g) {
     Shadow& shadow = r->shadow(g);
     Touch& t = shadow.touches[g % SHADOW];
-    const bool written = t.writer >> 32 == launch_serial, read = t.reader >> 32 == launch_serial;
-    if (written && t.writer != me)
-      w.report(write ? "race of global writes between blocks"
-                     : "race of a global read with a write of another block",
+    const bool was_written = t.write_launch == launch_serial,
+               was_read = t.read_launch == launch_serial;
+    if (was_written && t.writer != me)
+      w.report(!written ? "race of a global read with a write of another block"
+               : same() ? "race of global writes between blocks, of the same value"
+                        : "race of global writes between blocks",
                lane, address);
-    if (write) {
-      if (read && t.reader != me)
+    if (written) {
+      if (was_read && (t.reader & ~NON_COHERENT) != me)
         w.report("race of a global write with a read of another block", lane, address);
+      if (was_read && t.reader & NON_COHERENT)
+        w.report("writes what the launch reads as constant", lane, address);
+      t.write_launch = launch_serial;
       t.writer = me;
       shadow.initialised[g % SHADOW] = 1;
     } else {
-      if (!shadow.initialised[g % SHADOW]) w.report("reads uninitialised global memory", lane, address);
-      t.reader = read && t.reader != me ? launch_serial << 32 | SEVERAL : me;
+      if (!shadow.initialised[g % SHADOW])
+        w.report("reads uninitialised global memory", lane, address);
+      if (was_written && non_coherent)
+        w.report("reads as constant what the launch writes", lane, address);
+      const u32 readers = was_read && (t.reader & ~NON_COHERENT) != me ? SEVERAL : me;
+      const u32 earlier = was_read ? t.reader & NON_COHERENT : 0;
+      t.reader = readers | earlier | (non_coherent ? NON_COHERENT : 0);
+      t.read_launch = launch_serial;
     }
   }
   return true;
@@ -306,15 +354,15 @@ bool watch_global(Warp& w, int lane, u64 address, int bytes, int alignment, bool
 
 // Passes that shared memory takes for accesses of `bytes` each: lanes go together as long as 128
 // bytes are not exceeded, and each bank serves one word at a time.
-void count_wavefronts(const u32* address, u32 mask, int bytes) {
+void count_wavefronts(const u64* address, u32 mask, int bytes) {
   const int together = bytes <= 4 ? LANES : bytes == 8 ? LANES / 2 : LANES / 4;
   for (int first = 0; first < LANES; first += together) {
-    u32 words[LANES][LANES];
+    u64 words[LANES][LANES];
     int count[LANES] = {}, most = 0;
     for (int l = first; l < first + together; ++l) {
       if (!(mask >> l & 1)) continue;
-      for (u32 word = address[l] / 4; word <= (address[l] + bytes - 1) / 4; ++word) {
-        const u32 bank = word % LANES;
+      for (u64 word = address[l] / 4; word <= (address[l] + bytes - 1) / 4; ++word) {
+        const u64 bank = word % LANES;
         if (std::find(words[bank], words[bank] + count[bank], word) != words[bank] + count[bank])
           continue;
         words[bank][count[bank]++] = word;
@@ -354,41 +402,87 @@ float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign
   for (int l = 0; l < LANES; ++l) \
     if (mask >> l & 1)
 
-template <class D, class S, class F>
-void unary(Warp& w, const Instruction& i, u32 mask) {
-  D* d = w.reg<D>(i.d[0]);
-  const S* a = w.reg<S>(i.s[0]);
-  FOR_ACTIVE(l) d[l] = F()(a[l]);
+// Results go through an array of their own, which lets the compiler use vectors even though
+// destination and source may be one register.
+template <class D, class F>
+void store_lanes(D* d, u32 mask, F result_of) {
+  if (mask == ALL) {
+    D result[LANES];
+    for (int l = 0; l < LANES; ++l) result[l] = result_of(l);
+    std::memcpy(d, result, sizeof result);
+  } else {
+    FOR_ACTIVE(l) d[l] = result_of(l);
+  }
 }
 
+// The buffers of a result of 64 bits: what `buffer_of` a lane says.
+template <class D, class F>
+void store_buffers(Warp& w, const Instruction& i, u32 mask, F buffer_of) {
+  if constexpr (sizeof(D) == 8) store_lanes(w.buffers(i.d[0]), mask, buffer_of);
+}
+
+template <class D, class S, class F>
+void unary(Warp& w, const Instruction& i, u32 mask) {
+  const S* a = w.reg<S>(i.s[0]);
+  store_buffers<D>(w, i, mask, [&](int l) { return F::ADDRESS ? w.buffers(i.s[0])[l] : UNKNOWN; });
+  store_lanes(w.reg<D>(i.d[0]), mask, [&](int l) -> D { return F()(a[l]); });
+}
+
+// Of two operands at most one is an address.
 template <class D, class S, class F, class B = S>
 void binary(Warp& w, const Instruction& i, u32 mask) {
-  D* d = w.reg<D>(i.d[0]);
   const S* a = w.reg<S>(i.s[0]);
   const B* b = w.reg<B>(i.s[1]);
-  FOR_ACTIVE(l) d[l] = F()(a[l], b[l]);
+  store_buffers<D>(w, i, mask, [&](int l) -> Buffer {
+    if constexpr (!F::ADDRESS || sizeof(B) != 8) return UNKNOWN;
+    const Buffer x = w.buffers(i.s[0])[l], y = w.buffers(i.s[1])[l];
+    return x && y ? UNKNOWN : x | y;
+  });
+  store_lanes(w.reg<D>(i.d[0]), mask, [&](int l) -> D { return F()(a[l], b[l]); });
 }
 
 template <class D, class S, class F, class C = D>
 void ternary(Warp& w, const Instruction& i, u32 mask) {
-  D* d = w.reg<D>(i.d[0]);
   const S *a = w.reg<S>(i.s[0]), *b = w.reg<S>(i.s[1]);
   const C* c = w.reg<C>(i.s[2]);
-  FOR_ACTIVE(l) d[l] = F()(a[l], b[l], c[l]);
+  store_buffers<D>(w, i, mask, [&](int l) { return w.buffers(i.s[2])[l]; });
+  store_lanes(w.reg<D>(i.d[0]), mask, [&](int l) -> D { return F()(a[l], b[l], c[l]); });
 }
 
-#define OPERATION(name, ...)    \
-  struct name {                 \
-    template <class T>          \
-    auto operator() __VA_ARGS__ \
-  };
+// What the operations have in common: whether an address stays one.
+struct NoAddress {
+  static constexpr bool ADDRESS = false;
+};
+struct MayBeAddress {
+  static constexpr bool ADDRESS = true;
+};
 
-OPERATION(Move, (T a) const { return a; })
-OPERATION(Not, (T a) const { return T(~a); })
+// Of float32 arithmetic: a result that is not a number has no payload.
+template <class F>
+struct Canonical : NoAddress {
+  template <class... Ts>
+  float operator()(Ts... operands) const {
+    const float x = F()(operands...);
+    return x == x ? x : std::bit_cast<float>(0x7fffffffu);
+  }
+};
+
+struct Move : MayBeAddress {
+  template <class T>
+  T operator()(T a) const {
+    return a;
+  }
+};
+struct Not : NoAddress {
+  template <class T>
+  T operator()(T a) const {
+    return T(~a);
+  }
+};
 template <class T>
 using Unsigned = std::make_unsigned_t<T>;
 
-struct Add {
+struct Add : MayBeAddress {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (std::is_integral_v<T>)
@@ -397,7 +491,7 @@ struct Add {
       return a + b;
   }
 };
-struct Sub {
+struct Sub : MayBeAddress {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (std::is_integral_v<T>)
@@ -406,13 +500,13 @@ struct Sub {
       return a - b;
   }
 };
-struct MulLow {
+struct MulLow : NoAddress {
   template <class T>
   T operator()(T a, T b) const {
     return T(u64(a) * u64(b));
   }
 };
-struct MulHigh {
+struct MulHigh : NoAddress {
   template <class T>
   T operator()(T a, T b) const {
     using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
@@ -420,26 +514,26 @@ struct MulHigh {
   }
 };
 template <class D>
-struct MulWide {
+struct MulWide : NoAddress {
   template <class T>
   D operator()(T a, T b) const {
     return D(D(a) * D(b));
   }
 };
-struct MadLow {
+struct MadLow : NoAddress {
   template <class T>
   T operator()(T a, T b, T c) const {
     return T(u64(a) * u64(b) + u64(c));
   }
 };
 template <class D>
-struct MadWide {
+struct MadWide : NoAddress {
   template <class T>
   D operator()(T a, T b, D c) const {
     return D(u64(D(a) * D(b)) + u64(c));
   }
 };
-struct Div {
+struct Div : NoAddress {
   template <class T>
   T operator()(T a, T b) const {
     if (b == 0) return T(~T(0));
@@ -447,7 +541,7 @@ struct Div {
     return T(a / b);
   }
 };
-struct Rem {
+struct Rem : NoAddress {
   template <class T>
   T operator()(T a, T b) const {
     if (b == 0) return a;
@@ -455,7 +549,7 @@ struct Rem {
     return T(a % b);
   }
 };
-struct Neg {
+struct Neg : NoAddress {
   template <class T>
   T operator()(T a) const {
     if constexpr (std::is_integral_v<T>)
@@ -464,7 +558,7 @@ struct Neg {
       return -a;
   }
 };
-struct Abs {
+struct Abs : NoAddress {
   template <class T>
   T operator()(T a) const {
     if constexpr (std::is_integral_v<T>)
@@ -473,76 +567,97 @@ struct Abs {
       return std::fabs(a);
   }
 };
-struct Min {
+struct Min : NoAddress {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (std::is_integral_v<T>)
       return std::min(a, b);
     else
-      return a == 0 && b == 0 ? (std::signbit(a) ? a : b) : std::fmin(a, b);
+      return a != a             ? b
+             : b != b           ? a
+             : a == 0 && b == 0 ? (std::signbit(a) ? a : b)
+                                : std::min(a, b);
   }
 };
-struct Max {
+struct Max : NoAddress {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (std::is_integral_v<T>)
       return std::max(a, b);
     else
-      return a == 0 && b == 0 ? (std::signbit(a) ? b : a) : std::fmax(a, b);
+      return a != a             ? b
+             : b != b           ? a
+             : a == 0 && b == 0 ? (std::signbit(a) ? b : a)
+                                : std::max(a, b);
   }
 };
-OPERATION(And, (T a, T b) const { return T(a & b); })
-OPERATION(Or, (T a, T b) const { return T(a | b); })
-OPERATION(Xor, (T a, T b) const { return T(a ^ b); })
-struct ShiftLeft {
+struct And : MayBeAddress {
+  template <class T>
+  T operator()(T a, T b) const {
+    return T(a & b);
+  }
+};
+struct Or : MayBeAddress {
+  template <class T>
+  T operator()(T a, T b) const {
+    return T(a | b);
+  }
+};
+struct Xor : NoAddress {
+  template <class T>
+  T operator()(T a, T b) const {
+    return T(a ^ b);
+  }
+};
+struct ShiftLeft : NoAddress {
   template <class T>
   T operator()(T a, u32 b) const {
     return b >= 8 * sizeof(T) ? T(0) : T(a << b);
   }
 };
-struct ShiftRight {
+struct ShiftRight : NoAddress {
   template <class T>
   T operator()(T a, u32 b) const {
     if (b >= 8 * sizeof(T)) return std::is_signed_v<T> && a < 0 ? T(-1) : T(0);
     return T(a >> b);
   }
 };
-struct Mul {
+struct Mul : NoAddress {
   float operator()(float a, float b) const { return a * b; }
 };
-struct DivF {
+struct DivF : NoAddress {
   float operator()(float a, float b) const { return a / b; }
 };
-struct Fma {
+struct Fma : NoAddress {
   float operator()(float a, float b, float c) const { return std::fma(a, b, c); }
 };
-struct CopySign {
+struct CopySign : NoAddress {
   float operator()(float a, float b) const { return std::copysign(b, a); }
 };
-struct Reciprocal {
+struct Reciprocal : NoAddress {
   float operator()(float a) const { return 1.f / a; }
 };
-struct SquareRoot {
+struct SquareRoot : NoAddress {
   float operator()(float a) const { return std::sqrt(a); }
 };
-struct ReciprocalFlushed {
+struct ReciprocalFlushed : NoAddress {
   float operator()(float a) const { return flush(1.f / flush(a)); }
 };
-struct Exp2Flushed {
+struct Exp2Flushed : NoAddress {
   float operator()(float a) const { return flush(float(std::exp2(double(flush(a))))); }
 };
-struct Log2 {
+struct Log2 : NoAddress {
   float operator()(float a) const { return float(std::log2(double(a))); }
 };
 template <class D>
-struct Convert {
+struct Convert : NoAddress {
   template <class T>
   D operator()(T a) const {
     return D(a);
   }
 };
 template <class D>
-struct ConvertSaturating {  // to integers, rounding towards zero
+struct ConvertSaturating : NoAddress {  // to integers, rounding towards zero
   D operator()(float a) const {
     if (a != a) return 0;
     if (double(a) >= double(std::numeric_limits<D>::max())) return std::numeric_limits<D>::max();
@@ -550,25 +665,25 @@ struct ConvertSaturating {  // to integers, rounding towards zero
     return D(a);
   }
 };
-struct NarrowF16 {
+struct NarrowF16 : NoAddress {
   u16 operator()(float a) const { return to_f16(a); }
 };
-struct NarrowBF16 {
+struct NarrowBF16 : NoAddress {
   u16 operator()(float a) const { return to_bf16(a); }
 };
-struct WidenF16 {
+struct WidenF16 : NoAddress {
   float operator()(u16 a) const { return from_f16(a); }
 };
-struct WidenBF16 {
+struct WidenBF16 : NoAddress {
   float operator()(u16 a) const { return from_bf16(a); }
 };
-struct PackF16 {
+struct PackF16 : NoAddress {
   u32 operator()(float high, float low) const { return u32(to_f16(high)) << 16 | to_f16(low); }
 };
-struct PackBF16 {
+struct PackBF16 : NoAddress {
   u32 operator()(float high, float low) const { return u32(to_bf16(high)) << 16 | to_bf16(low); }
 };
-struct MaxPairBF16 {
+struct MaxPairBF16 : NoAddress {
   u32 operator()(u32 a, u32 b) const {
     auto larger = [](u16 x, u16 y) -> u32 {
       const float fx = from_bf16(x), fy = from_bf16(y);
@@ -648,19 +763,20 @@ struct PredicateXor {
 
 template <class T>
 void select(Warp& w, const Instruction& i, u32 mask) {
-  T* d = w.reg<T>(i.d[0]);
   const T *a = w.reg<T>(i.s[0]), *b = w.reg<T>(i.s[1]);
   const u32 p = *w.reg<u32>(i.s[2]);
-  FOR_ACTIVE(l) d[l] = p >> l & 1 ? a[l] : b[l];
+  store_buffers<T>(w, i, mask, [&](int l) { return w.buffers(i.s[p >> l & 1 ? 0 : 1])[l]; });
+  store_lanes(w.reg<T>(i.d[0]), mask, [&](int l) { return p >> l & 1 ? a[l] : b[l]; });
 }
 
 // ---- vectors in registers -----------------------------------------------------------------
 
 template <class Whole, class Half>
 void pack(Warp& w, const Instruction& i, u32 mask) {
-  Whole* d = w.reg<Whole>(i.d[0]);
   const Half *a = w.reg<Half>(i.s[0]), *b = w.reg<Half>(i.s[1]);
-  FOR_ACTIVE(l) d[l] = Whole(a[l]) | Whole(b[l]) << (8 * sizeof(Half));
+  store_buffers<Whole>(w, i, mask, [](int) { return UNKNOWN; });
+  store_lanes(w.reg<Whole>(i.d[0]), mask,
+              [&](int l) { return Whole(a[l]) | Whole(b[l]) << (8 * sizeof(Half)); });
 }
 
 template <class Whole, class Half>
@@ -679,7 +795,17 @@ void unpack(Warp& w, const Instruction& i, u32 mask) {
 
 template <class T>
 u64 address_of(Warp& w, const Instruction& i, int lane) {
-  return w.reg<T>(i.s[i.num_s - 1])[lane] + u64(i.immediate);
+  return T(w.reg<T>(i.s[i.num_s - 1])[lane] + T(i.immediate));
+}
+
+// Value `n` of a lane, from memory into its register.
+template <class Register, class T>
+void load_value(Warp& w, const Instruction& i, int lane, int n, const u8* from) {
+  T x;
+  std::memcpy(&x, from + n * sizeof(T), sizeof(T));
+  w.reg<Register>(i.d[n])[lane] = Register(x);
+  if constexpr (sizeof(Register) == 8)
+    w.buffers(i.d[n])[lane] = sizeof(T) == 8 ? find_buffer(u64(x), 1) : UNKNOWN;
 }
 
 template <class Register, class T, int N>
@@ -690,84 +816,79 @@ void load_param(Warp& w, const Instruction& i, u32 mask) {
       w.report("parameter out of bounds", l, at);
       continue;
     }
-    for (int n = 0; n < N; ++n) {
-      T x;
-      std::memcpy(&x, w.block.params + at + n * sizeof(T), sizeof(T));
-      w.reg<Register>(i.d[n])[l] = Register(x);
-    }
+    for (int n = 0; n < N; ++n) load_value<Register, T>(w, i, l, n, w.block.params + at);
   }
 }
 
-template <class Register, class T, int N>
+template <class Register, class T, int N, bool NON_COHERENT_READ>
 void load_global(Warp& w, const Instruction& i, u32 mask) {
   u64 address[LANES];
+  Buffer buffer[LANES];
   constexpr int bytes = N * sizeof(T);
   FOR_ACTIVE(l) address[l] = address_of<u64>(w, i, l);
+  std::memcpy(buffer, w.buffers(i.s[0]), sizeof buffer);
   if (checks) count_sectors(address, mask, bytes, counters.load_sectors);
   FOR_ACTIVE(l) {
-    if (!watch_global(w, l, address[l], bytes, bytes, false)) continue;
-    for (int n = 0; n < N; ++n) {
-      T x;
-      std::memcpy(&x, reinterpret_cast<const u8*>(address[l]) + n * sizeof(T), sizeof(T));
-      w.reg<Register>(i.d[n])[l] = Register(x);
-    }
+    if (!watch_global(w, l, address[l], buffer[l], bytes, bytes, nullptr, NON_COHERENT_READ))
+      continue;
+    const auto* from = reinterpret_cast<const u8*>(address[l]);
+    for (int n = 0; n < N; ++n) load_value<Register, T>(w, i, l, n, from);
   }
+}
+
+// The values of a lane as they stand in memory.
+template <class Register, class T, int N>
+void gather_values(Warp& w, const Instruction& i, int lane, T* values) {
+  for (int n = 0; n < N; ++n) values[n] = T(w.reg<Register>(i.s[n])[lane]);
 }
 
 template <class Register, class T, int N>
 void store_global(Warp& w, const Instruction& i, u32 mask) {
   u64 address[LANES];
-  constexpr int bytes = N * sizeof(T);
+  T values[N];
   FOR_ACTIVE(l) address[l] = address_of<u64>(w, i, l);
-  if (checks) count_sectors(address, mask, bytes, counters.store_sectors);
+  if (checks) count_sectors(address, mask, sizeof values, counters.store_sectors);
   FOR_ACTIVE(l) {
-    if (!watch_global(w, l, address[l], bytes, bytes, true)) continue;
-    for (int n = 0; n < N; ++n) {
-      const T x = T(w.reg<Register>(i.s[n])[l]);
-      std::memcpy(reinterpret_cast<u8*>(address[l]) + n * sizeof(T), &x, sizeof(T));
-    }
+    gather_values<Register, T, N>(w, i, l, values);
+    if (watch_global(w, l, address[l], w.buffers(i.s[N])[l], sizeof values, sizeof values,
+                     reinterpret_cast<const u8*>(values)))
+      std::memcpy(reinterpret_cast<u8*>(address[l]), values, sizeof values);
   }
 }
 
 template <class Address, class Register, class T, int N>
 void load_shared(Warp& w, const Instruction& i, u32 mask) {
-  u32 address[LANES];
+  u64 address[LANES];
   constexpr int bytes = N * sizeof(T);
-  FOR_ACTIVE(l) address[l] = u32(address_of<Address>(w, i, l));
+  FOR_ACTIVE(l) address[l] = address_of<Address>(w, i, l);
   if (checks) count_wavefronts(address, mask, bytes);
   FOR_ACTIVE(l) {
-    if (!watch_shared(w, l, address[l], bytes, false)) continue;
-    for (int n = 0; n < N; ++n) {
-      T x;
-      std::memcpy(&x, &w.block.shared[address[l] + n * sizeof(T)], sizeof(T));
-      w.reg<Register>(i.d[n])[l] = Register(x);
-    }
+    if (!watch_shared(w, l, address[l], bytes, nullptr)) continue;
+    for (int n = 0; n < N; ++n) load_value<Register, T>(w, i, l, n, &w.block.shared[address[l]]);
   }
 }
 
 template <class Address, class Register, class T, int N>
 void store_shared(Warp& w, const Instruction& i, u32 mask) {
-  u32 address[LANES];
-  constexpr int bytes = N * sizeof(T);
-  FOR_ACTIVE(l) address[l] = u32(address_of<Address>(w, i, l));
-  if (checks) count_wavefronts(address, mask, bytes);
+  u64 address[LANES];
+  T values[N];
+  FOR_ACTIVE(l) address[l] = address_of<Address>(w, i, l);
+  if (checks) count_wavefronts(address, mask, sizeof values);
   FOR_ACTIVE(l) {
-    if (!watch_shared(w, l, address[l], bytes, true)) continue;
-    for (int n = 0; n < N; ++n) {
-      const T x = T(w.reg<Register>(i.s[n])[l]);
-      std::memcpy(&w.block.shared[address[l] + n * sizeof(T)], &x, sizeof(T));
-    }
+    gather_values<Register, T, N>(w, i, l, values);
+    if (watch_shared(w, l, address[l], sizeof values, reinterpret_cast<const u8*>(values)))
+      std::memcpy(&w.block.shared[address[l]], values, sizeof values);
   }
 }
 
 // cp.async: s = shared address, global address, bytes to read (the rest is zero).
 template <class Address>
 void copy_async(Warp& w, const Instruction& i, u32 mask) {
-  constexpr int BYTES = 16;
-  u32 to[LANES], reading = 0;
-  u64 from[LANES];
+  constexpr u32 BYTES = 16;
+  u32 reading = 0;
+  u64 to[LANES], from[LANES];
   FOR_ACTIVE(l) {
-    to[l] = u32(w.reg<Address>(i.s[0])[l]);
+    to[l] = w.reg<Address>(i.s[0])[l];
     from[l] = w.reg<u64>(i.s[1])[l];
     if (w.reg<u32>(i.s[2])[l]) reading |= 1u << l;
   }
@@ -776,17 +897,21 @@ void copy_async(Warp& w, const Instruction& i, u32 mask) {
     count_sectors(from, reading, BYTES, counters.load_sectors);
   }
   FOR_ACTIVE(l) {
-    const u32 bytes = std::min<u32>(w.reg<u32>(i.s[2])[l], BYTES);
-    Copy c{to[l], BYTES, w.group[l], {}};
+    const u32 bytes = w.reg<u32>(i.s[2])[l];
+    Copy c{u32(to[l]), BYTES, w.group[l], {}};
+    if (bytes > BYTES) {
+      w.report("copies more than there is room for", l, from[l]);
+      continue;
+    }
     if (bytes && from[l] % BYTES) {
       w.report("misaligned global access", l, from[l]);
       continue;
     }
-    if (bytes && watch_global(w, l, from[l], int(bytes), 1, false))
+    if (bytes && watch_global(w, l, from[l], w.buffers(i.s[1])[l], int(bytes), 1, nullptr))
       std::memcpy(c.data, reinterpret_cast<const void*>(from[l]), bytes);
-    if (!watch_shared(w, l, to[l], BYTES, true)) continue;
+    if (!watch_shared(w, l, to[l], BYTES, c.data)) continue;
     if (checks)
-      for (u32 g = to[l] / GRANULE; g < (to[l] + BYTES) / GRANULE; ++g)
+      for (u64 g = to[l] / GRANULE; g < (to[l] + BYTES) / GRANULE; ++g)
         w.block.granules[g].in_flight = 1;
     std::memset(&w.block.shared[to[l]], 0xff, BYTES);
     w.copies[l].push_back(c);
@@ -811,7 +936,7 @@ void finish_copies(Warp& w, u32 mask, s64 newest) {
         s.in_flight = 0;
         s.write_epoch = w.block.epoch;  // it lands now, for this thread alone
         s.write_warp = s16(w.number);
-        s.write_lane = s16(l);
+        s.write_lane = s8(l);
         s.write_moment = w.moment;
       }
     }
@@ -833,14 +958,14 @@ bool whole_warp(Warp& w, u32 mask) {
 template <int MATRICES, bool TRANSPOSED, class Address>
 void load_matrices(Warp& w, const Instruction& i, u32 mask) {
   whole_warp(w, mask);
-  u32 address[LANES];
-  for (int l = 0; l < LANES; ++l) address[l] = u32(address_of<Address>(w, i, l));
+  u64 address[LANES];
+  for (int l = 0; l < LANES; ++l) address[l] = address_of<Address>(w, i, l);
   if (checks) count_wavefronts(address, MATRICES == 4 ? ALL : (1u << 8 * MATRICES) - 1, 16);
   u32 result[MATRICES][LANES] = {};
   for (int m = 0; m < MATRICES; ++m) {
     u16 rows[8][8] = {};
     for (int r = 0; r < 8; ++r)
-      if (watch_shared(w, m * 8 + r, address[m * 8 + r], 16, false))
+      if (watch_shared(w, m * 8 + r, address[m * 8 + r], 16, nullptr))
         std::memcpy(rows[r], &w.block.shared[address[m * 8 + r]], 16);
     for (int l = 0; l < LANES; ++l) {
       const int major = l / 4, minor = l % 4 * 2;
@@ -911,10 +1036,8 @@ void shuffle(Warp& w, const Instruction& i, u32 mask) {
     in_range |= u32(there) << l;
     d[l] = from[source];
   }
-  if (i.num_d > 1) {
-    u32& p = *w.reg<u32>(i.d[1]);
-    p = (p & ~mask) | (in_range & mask);
-  }
+  u32& p = *w.reg<u32>(i.d[1]);
+  p = (p & ~mask) | (in_range & mask);
 }
 
 enum class Vote { ANY, ALL_, BALLOT };
@@ -944,7 +1067,8 @@ void reduce(Warp& w, const Instruction& i, u32 mask) {
 
 void sync_warp(Warp& w, const Instruction& i, u32 mask) {
   check_members(w, mask, w.reg<u32>(i.s[0]));
-  ++w.moment;
+  // Lanes that meet without the others are not known to be ordered: rather a finding too many.
+  if (mask == w.alive) ++w.moment;
 }
 
 void nothing(Warp&, const Instruction&, u32) {}
@@ -953,93 +1077,103 @@ void nothing(Warp&, const Instruction&, u32) {}
 
 struct Opcode {
   Handler run;
+  int num_d, num_s;
   Kind kind = PLAIN;
 };
 
+template <class D, class S, class F>
+constexpr Opcode UNARY = {unary<D, S, F>, 1, 1};
+template <class D, class S, class F, class B = S>
+constexpr Opcode BINARY = {binary<D, S, F, B>, 1, 2};
+template <class D, class S, class F>
+constexpr Opcode TERNARY = {ternary<D, S, F>, 1, 3};
+template <class T>
+constexpr Opcode SELECT = {select<T>, 1, 3};
+template <Compare C, class T>
+constexpr Opcode COMPARE = {set_predicate<C, T>, 1, 2};
+
 std::unordered_map<std::string, Opcode> make_table() {
   std::unordered_map<std::string, Opcode> t;
-  const auto put = [&](const std::string& name, Handler h, Kind kind = PLAIN) {
-    t[name] = {h, kind};
-  };
+  const auto put = [&](const std::string& name, const Opcode& opcode) { t[name] = opcode; };
 
   // Integers
   const auto integers = [&]<class T>(T, const std::string& type) {
-    put("add." + type, binary<T, T, Add>);
-    put("sub." + type, binary<T, T, Sub>);
-    put("mul.lo." + type, binary<T, T, MulLow>);
-    put("mul.hi." + type, binary<T, T, MulHigh>);
-    put("mad.lo." + type, ternary<T, T, MadLow>);
-    put("div." + type, binary<T, T, Div>);
-    put("rem." + type, binary<T, T, Rem>);
-    put("min." + type, binary<T, T, Min>);
-    put("max." + type, binary<T, T, Max>);
-    put("shr." + type, binary<T, T, ShiftRight, u32>);
+    put("add." + type, BINARY<T, T, Add>);
+    put("sub." + type, BINARY<T, T, Sub>);
+    put("mul.lo." + type, BINARY<T, T, MulLow>);
+    put("mul.hi." + type, BINARY<T, T, MulHigh>);
+    put("mad.lo." + type, TERNARY<T, T, MadLow>);
+    put("div." + type, BINARY<T, T, Div>);
+    put("rem." + type, BINARY<T, T, Rem>);
+    put("min." + type, BINARY<T, T, Min>);
+    put("max." + type, BINARY<T, T, Max>);
+    put("shr." + type, BINARY<T, T, ShiftRight, u32>);
     if (std::is_signed_v<T>) {
-      put("neg." + type, unary<T, T, Neg>);
-      put("abs." + type, unary<T, T, Abs>);
+      put("neg." + type, UNARY<T, T, Neg>);
+      put("abs." + type, UNARY<T, T, Abs>);
     }
   };
   integers(s16(), "s16"), integers(u16(), "u16"), integers(s32(), "s32"), integers(u32(), "u32"),
       integers(s64(), "s64"), integers(u64(), "u64");
-  put("mul.wide.s16", binary<s32, s16, MulWide<s32>>);
-  put("mul.wide.u16", binary<u32, u16, MulWide<u32>>);
-  put("mul.wide.s32", binary<s64, s32, MulWide<s64>>);
-  put("mul.wide.u32", binary<u64, u32, MulWide<u64>>);
-  put("mad.wide.s32", ternary<s64, s32, MadWide<s64>>);
-  put("mad.wide.u32", ternary<u64, u32, MadWide<u64>>);
-  put("bfi.b32", insert_bits);
+  put("mul.wide.s16", BINARY<s32, s16, MulWide<s32>>);
+  put("mul.wide.u16", BINARY<u32, u16, MulWide<u32>>);
+  put("mul.wide.s32", BINARY<s64, s32, MulWide<s64>>);
+  put("mul.wide.u32", BINARY<u64, u32, MulWide<u64>>);
+  put("mad.wide.s32", TERNARY<s64, s32, MadWide<s64>>);
+  put("mad.wide.u32", TERNARY<u64, u32, MadWide<u64>>);
+  put("bfi.b32", {insert_bits, 1, 4});
 
   const auto bits = [&]<class T>(T, const std::string& type) {
-    put("and." + type, binary<T, T, And>);
-    put("or." + type, binary<T, T, Or>);
-    put("xor." + type, binary<T, T, Xor>);
-    put("not." + type, unary<T, T, Not>);
-    put("shl." + type, binary<T, T, ShiftLeft, u32>);
-    put("mov." + type, unary<T, T, Move>);
-    put("selp." + type, select<T>);
+    put("and." + type, BINARY<T, T, And>);
+    put("or." + type, BINARY<T, T, Or>);
+    put("xor." + type, BINARY<T, T, Xor>);
+    put("not." + type, UNARY<T, T, Not>);
+    put("shl." + type, BINARY<T, T, ShiftLeft, u32>);
+    put("mov." + type, UNARY<T, T, Move>);
+    put("selp." + type, SELECT<T>);
   };
   bits(u16(), "b16"), bits(u32(), "b32"), bits(u64(), "b64");
   for (const char* type : {"u16", "s16"}) {
-    put(std::string("mov.") + type, unary<u16, u16, Move>);
-    put(std::string("selp.") + type, select<u16>);
+    put(std::string("mov.") + type, UNARY<u16, u16, Move>);
+    put(std::string("selp.") + type, SELECT<u16>);
   }
   for (const char* type : {"u32", "s32", "f32"}) {
-    put(std::string("mov.") + type, unary<u32, u32, Move>);
-    put(std::string("selp.") + type, select<u32>);
+    put(std::string("mov.") + type, UNARY<u32, u32, Move>);
+    put(std::string("selp.") + type, SELECT<u32>);
   }
   for (const char* type : {"u64", "s64", "f64"}) {
-    put(std::string("mov.") + type, unary<u64, u64, Move>);
-    put(std::string("selp.") + type, select<u64>);
+    put(std::string("mov.") + type, UNARY<u64, u64, Move>);
+    put(std::string("selp.") + type, SELECT<u64>);
   }
-  put("pack.b32", pack<u32, u16>);
-  put("pack.b64", pack<u64, u32>);
-  put("unpack.b32", unpack<u32, u16>);
-  put("unpack.b64", unpack<u64, u32>);
+  put("pack.b32", {pack<u32, u16>, 1, 2});
+  put("pack.b64", {pack<u64, u32>, 1, 2});
+  put("unpack.b32", {unpack<u32, u16>, 2, 1});
+  put("unpack.b64", {unpack<u64, u32>, 2, 1});
 
   // Predicates
-  put("mov.pred", predicate_logic<PredicateMove>);
-  put("not.pred", predicate_logic<PredicateNot>);
-  put("and.pred", predicate_logic<PredicateAnd>);
-  put("or.pred", predicate_logic<PredicateOr>);
-  put("xor.pred", predicate_logic<PredicateXor>);
+  put("mov.pred", {predicate_logic<PredicateMove>, 1, 1});
+  put("not.pred", {predicate_logic<PredicateNot>, 1, 1});
+  put("and.pred", {predicate_logic<PredicateAnd>, 1, 2});
+  put("or.pred", {predicate_logic<PredicateOr>, 1, 2});
+  put("xor.pred", {predicate_logic<PredicateXor>, 1, 2});
   const auto compares = [&]<class T>(T, const std::string& type) {
     const bool is_float = std::is_floating_point_v<T>, equality_only = type[0] == 'b';
-    put("setp.eq." + type, set_predicate<Compare::EQ, T>);
-    put("setp.ne." + type, set_predicate<Compare::NE, T>);
+    put("setp.eq." + type, COMPARE<Compare::EQ, T>);
+    put("setp.ne." + type, COMPARE<Compare::NE, T>);
     if (equality_only) return;
-    put("setp.lt." + type, set_predicate<Compare::LT, T>);
-    put("setp.le." + type, set_predicate<Compare::LE, T>);
-    put("setp.gt." + type, set_predicate<Compare::GT, T>);
-    put("setp.ge." + type, set_predicate<Compare::GE, T>);
+    put("setp.lt." + type, COMPARE<Compare::LT, T>);
+    put("setp.le." + type, COMPARE<Compare::LE, T>);
+    put("setp.gt." + type, COMPARE<Compare::GT, T>);
+    put("setp.ge." + type, COMPARE<Compare::GE, T>);
     if (!is_float) return;
-    put("setp.equ." + type, set_predicate<Compare::EQU, T>);
-    put("setp.neu." + type, set_predicate<Compare::NEU, T>);
-    put("setp.ltu." + type, set_predicate<Compare::LTU, T>);
-    put("setp.leu." + type, set_predicate<Compare::LEU, T>);
-    put("setp.gtu." + type, set_predicate<Compare::GTU, T>);
-    put("setp.geu." + type, set_predicate<Compare::GEU, T>);
-    put("setp.num." + type, set_predicate<Compare::NUM, T>);
-    put("setp.nan." + type, set_predicate<Compare::NAN_, T>);
+    put("setp.equ." + type, COMPARE<Compare::EQU, T>);
+    put("setp.neu." + type, COMPARE<Compare::NEU, T>);
+    put("setp.ltu." + type, COMPARE<Compare::LTU, T>);
+    put("setp.leu." + type, COMPARE<Compare::LEU, T>);
+    put("setp.gtu." + type, COMPARE<Compare::GTU, T>);
+    put("setp.geu." + type, COMPARE<Compare::GEU, T>);
+    put("setp.num." + type, COMPARE<Compare::NUM, T>);
+    put("setp.nan." + type, COMPARE<Compare::NAN_, T>);
   };
   compares(s16(), "s16"), compares(u16(), "u16"), compares(u16(), "b16");
   compares(s32(), "s32"), compares(u32(), "u32"), compares(u32(), "b32");
@@ -1047,26 +1181,29 @@ std::unordered_map<std::string, Opcode> make_table() {
   compares(float(), "f32");
 
   // float32
-  for (const char* name : {"add.f32", "add.rn.f32"}) put(name, binary<float, float, Add>);
-  for (const char* name : {"sub.f32", "sub.rn.f32"}) put(name, binary<float, float, Sub>);
-  for (const char* name : {"mul.f32", "mul.rn.f32"}) put(name, binary<float, float, Mul>);
-  put("fma.rn.f32", ternary<float, float, Fma>);
-  put("div.rn.f32", binary<float, float, DivF>);
-  put("min.f32", binary<float, float, Min>);
-  put("max.f32", binary<float, float, Max>);
-  put("neg.f32", unary<float, float, Neg>);
-  put("abs.f32", unary<float, float, Abs>);
-  put("copysign.f32", binary<float, float, CopySign>);
-  put("rcp.rn.f32", unary<float, float, Reciprocal>);
-  put("rcp.approx.ftz.f32", unary<float, float, ReciprocalFlushed>);
-  put("sqrt.rn.f32", unary<float, float, SquareRoot>);
-  put("ex2.approx.ftz.f32", unary<float, float, Exp2Flushed>);
-  put("lg2.approx.f32", unary<float, float, Log2>);
-  put("max.bf16x2", binary<u32, u32, MaxPairBF16>);
+  for (const char* name : {"add.f32", "add.rn.f32"})
+    put(name, BINARY<float, float, Canonical<Add>>);
+  for (const char* name : {"sub.f32", "sub.rn.f32"})
+    put(name, BINARY<float, float, Canonical<Sub>>);
+  for (const char* name : {"mul.f32", "mul.rn.f32"})
+    put(name, BINARY<float, float, Canonical<Mul>>);
+  put("fma.rn.f32", TERNARY<float, float, Canonical<Fma>>);
+  put("div.rn.f32", BINARY<float, float, Canonical<DivF>>);
+  put("min.f32", BINARY<float, float, Canonical<Min>>);
+  put("max.f32", BINARY<float, float, Canonical<Max>>);
+  put("neg.f32", UNARY<float, float, Neg>);
+  put("abs.f32", UNARY<float, float, Abs>);
+  put("copysign.f32", BINARY<float, float, CopySign>);
+  put("rcp.rn.f32", UNARY<float, float, Canonical<Reciprocal>>);
+  put("rcp.approx.ftz.f32", UNARY<float, float, Canonical<ReciprocalFlushed>>);
+  put("sqrt.rn.f32", UNARY<float, float, Canonical<SquareRoot>>);
+  put("ex2.approx.ftz.f32", UNARY<float, float, Canonical<Exp2Flushed>>);
+  put("lg2.approx.f32", UNARY<float, float, Canonical<Log2>>);
+  put("max.bf16x2", BINARY<u32, u32, MaxPairBF16>);
 
   // Conversions
   const auto widths = [&]<class D, class S>(D, S, const std::string& d, const std::string& s) {
-    put("cvt." + d + "." + s, unary<D, S, Convert<D>>);
+    put("cvt." + d + "." + s, UNARY<D, S, Convert<D>>);
   };
   widths(s64(), s32(), "s64", "s32"), widths(u64(), u32(), "u64", "u32");
   widths(u32(), u64(), "u32", "u64"), widths(s32(), s64(), "s32", "s64");
@@ -1074,87 +1211,88 @@ std::unordered_map<std::string, Opcode> make_table() {
   widths(u16(), u32(), "u16", "u32"), widths(s16(), s32(), "s16", "s32");
   widths(u64(), u16(), "u64", "u16"), widths(s64(), s16(), "s64", "s16");
   widths(u16(), u64(), "u16", "u64");
-  put("cvt.rn.f32.s32", unary<float, s32, Convert<float>>);
-  put("cvt.rn.f32.u32", unary<float, u32, Convert<float>>);
-  put("cvt.rzi.s32.f32", unary<s32, float, ConvertSaturating<s32>>);
-  put("cvt.rzi.u32.f32", unary<u32, float, ConvertSaturating<u32>>);
-  put("cvt.rn.f16.f32", unary<u16, float, NarrowF16>);
-  put("cvt.rn.bf16.f32", unary<u16, float, NarrowBF16>);
-  put("cvt.f32.f16", unary<float, u16, WidenF16>);
-  put("cvt.f32.bf16", unary<float, u16, WidenBF16>);
-  put("cvt.rn.f16x2.f32", binary<u32, float, PackF16>);
-  put("cvt.rn.bf16x2.f32", binary<u32, float, PackBF16>);
-  put("cvta.to.global.u64", unary<u64, u64, Move>);
+  put("cvt.rn.f32.s32", UNARY<float, s32, Convert<float>>);
+  put("cvt.rn.f32.u32", UNARY<float, u32, Convert<float>>);
+  put("cvt.rzi.s32.f32", UNARY<s32, float, ConvertSaturating<s32>>);
+  put("cvt.rzi.u32.f32", UNARY<u32, float, ConvertSaturating<u32>>);
+  put("cvt.rn.f16.f32", UNARY<u16, float, NarrowF16>);
+  put("cvt.rn.bf16.f32", UNARY<u16, float, NarrowBF16>);
+  put("cvt.f32.f16", UNARY<float, u16, WidenF16>);
+  put("cvt.f32.bf16", UNARY<float, u16, WidenBF16>);
+  put("cvt.rn.f16x2.f32", BINARY<u32, float, PackF16>);
+  put("cvt.rn.bf16x2.f32", BINARY<u32, float, PackBF16>);
+  put("cvta.to.global.u64", UNARY<u64, u64, Move>);
 
   // Memory. After the type: how many values, and the bytes of their registers.
   const auto memory = [&]<class R, class T>(R, T, const std::string& type) {
     const std::string width = "." + std::to_string(sizeof(R));
     const auto number = [&]<int N>(std::integral_constant<int, N>) {
       const std::string name = (N > 1 ? ".v" + std::to_string(N) : "") + "." + type + width;
-      put("ld.param" + name, load_param<R, T, N>);
-      if constexpr (N * sizeof(T) > 16)
-        return;
-      else {
+      put("ld.param" + name, {load_param<R, T, N>, N, 1});
+      if constexpr (sizeof(T) >= GRANULE && N * sizeof(T) <= 16) {
         // Generic addresses: shared memory has no place among them here, and is out of bounds.
-        for (const char* space : {"ld", "ld.global", "ld.global.nc"})
-          put(space + name, load_global<R, T, N>);
-        for (const char* space : {"st", "st.global"}) put(space + name, store_global<R, T, N>);
-        put("ld.shared" + name + ".a4", load_shared<u32, R, T, N>);
-        put("ld.shared" + name + ".a8", load_shared<u64, R, T, N>);
-        put("st.shared" + name + ".a4", store_shared<u32, R, T, N>);
-        put("st.shared" + name + ".a8", store_shared<u64, R, T, N>);
+        put("ld" + name, {load_global<R, T, N, false>, N, 1});
+        put("ld.global" + name, {load_global<R, T, N, false>, N, 1});
+        put("ld.global.nc" + name, {load_global<R, T, N, true>, N, 1});
+        put("st" + name, {store_global<R, T, N>, 0, N + 1});
+        put("st.global" + name, {store_global<R, T, N>, 0, N + 1});
+        put("ld.shared" + name + ".a4", {load_shared<u32, R, T, N>, N, 1});
+        put("ld.shared" + name + ".a8", {load_shared<u64, R, T, N>, N, 1});
+        put("st.shared" + name + ".a4", {store_shared<u32, R, T, N>, 0, N + 1});
+        put("st.shared" + name + ".a8", {store_shared<u64, R, T, N>, 0, N + 1});
       }
     };
     number(std::integral_constant<int, 1>());
     number(std::integral_constant<int, 2>());
     number(std::integral_constant<int, 4>());
   };
-  memory(u16(), u8(), "u8"), memory(u16(), u8(), "b8"), memory(s16(), int8_t(), "s8");
-  memory(u32(), u8(), "u8"), memory(u32(), u8(), "b8"), memory(s32(), int8_t(), "s8");
+  // Single bytes only as parameters: elsewhere granules would be too coarse for them.
+  memory(u16(), u8(), "u8"), memory(u16(), u8(), "b8"), memory(s16(), s8(), "s8");
+  memory(u32(), u8(), "u8"), memory(u32(), u8(), "b8"), memory(s32(), s8(), "s8");
   memory(u16(), u16(), "u16"), memory(u16(), u16(), "b16"), memory(s16(), s16(), "s16");
   memory(u32(), u16(), "u16"), memory(u32(), u16(), "b16"), memory(s32(), s16(), "s16");
   for (const char* type : {"u32", "b32", "s32", "f32"}) memory(u32(), u32(), type);
   for (const char* type : {"u64", "b64", "s64", "f64"}) memory(u64(), u64(), type);
   memory(s64(), s32(), "s32"), memory(u64(), u32(), "u32"), memory(u64(), u32(), "b32");
-  put("cp.async.cg.shared.global.16.a4", copy_async<u32>);
-  put("cp.async.cg.shared.global.16.a8", copy_async<u64>);
-  put("cp.async.commit_group", end_copies);
-  put("cp.async.wait_group", wait_copies);
-  put("cp.async.wait_all", wait_all_copies);
+  put("cp.async.cg.shared.global.16.a4", {copy_async<u32>, 0, 3});
+  put("cp.async.cg.shared.global.16.a8", {copy_async<u64>, 0, 3});
+  put("cp.async.commit_group", {end_copies, 0, 0});
+  put("cp.async.wait_group", {wait_copies, 0, 0});
+  put("cp.async.wait_all", {wait_all_copies, 0, 0});
 
   // Warps
   const auto matrices = [&]<int N>(std::integral_constant<int, N>) {
     const std::string name = "ldmatrix.sync.aligned.m8n8.x" + std::to_string(N);
-    put(name + ".shared.b16.a4", load_matrices<N, false, u32>);
-    put(name + ".trans.shared.b16.a4", load_matrices<N, true, u32>);
+    put(name + ".shared.b16.a4", {load_matrices<N, false, u32>, N, 1});
+    put(name + ".trans.shared.b16.a4", {load_matrices<N, true, u32>, N, 1});
   };
   matrices(std::integral_constant<int, 1>());
   matrices(std::integral_constant<int, 2>());
   matrices(std::integral_constant<int, 4>());
-  put("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", mma<from_bf16>);
-  put("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", mma<from_f16>);
-  put("shfl.sync.up.b32", shuffle<Shuffle::UP>);
-  put("shfl.sync.down.b32", shuffle<Shuffle::DOWN>);
-  put("shfl.sync.bfly.b32", shuffle<Shuffle::XOR>);
-  put("shfl.sync.idx.b32", shuffle<Shuffle::INDEX>);
-  put("vote.sync.any.pred", vote<Vote::ANY>);
-  put("vote.sync.all.pred", vote<Vote::ALL_>);
-  put("vote.sync.ballot.b32", vote<Vote::BALLOT>);
-  put("redux.sync.min.s32", reduce<s32, Min>);
-  put("redux.sync.max.s32", reduce<s32, Max>);
-  put("redux.sync.min.u32", reduce<u32, Min>);
-  put("redux.sync.max.u32", reduce<u32, Max>);
-  put("redux.sync.add.s32", reduce<s32, Add>);
-  put("redux.sync.add.u32", reduce<u32, Add>);
-  put("bar.warp.sync", sync_warp);
+  put("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", {mma<from_bf16>, 4, 10});
+  put("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", {mma<from_f16>, 4, 10});
+  put("shfl.sync.up.b32", {shuffle<Shuffle::UP>, 2, 4});
+  put("shfl.sync.down.b32", {shuffle<Shuffle::DOWN>, 2, 4});
+  put("shfl.sync.bfly.b32", {shuffle<Shuffle::XOR>, 2, 4});
+  put("shfl.sync.idx.b32", {shuffle<Shuffle::INDEX>, 2, 4});
+  put("vote.sync.any.pred", {vote<Vote::ANY>, 1, 2});
+  put("vote.sync.all.pred", {vote<Vote::ALL_>, 1, 2});
+  put("vote.sync.ballot.b32", {vote<Vote::BALLOT>, 1, 2});
+  put("redux.sync.min.s32", {reduce<s32, Min>, 1, 2});
+  put("redux.sync.max.s32", {reduce<s32, Max>, 1, 2});
+  put("redux.sync.min.u32", {reduce<u32, Min>, 1, 2});
+  put("redux.sync.max.u32", {reduce<u32, Max>, 1, 2});
+  put("redux.sync.add.s32", {reduce<s32, Add>, 1, 2});
+  put("redux.sync.add.u32", {reduce<u32, Add>, 1, 2});
+  put("bar.warp.sync", {sync_warp, 0, 1});
 
   // Control
-  put("bra", nothing, BRANCH);
-  put("bra.uni", nothing, BRANCH);
-  put("ret", nothing, EXIT);
-  put("exit", nothing, EXIT);
-  put("bar.sync", nothing, BARRIER);
-  put("barrier.sync", nothing, BARRIER);
+  put("bra", {nothing, 0, 0, BRANCH});
+  put("bra.uni", {nothing, 0, 0, BRANCH});
+  put("ret", {nothing, 0, 0, EXIT});
+  put("exit", {nothing, 0, 0, EXIT});
+  put("bar.sync", {nothing, 0, 0, BARRIER});
+  put("barrier.sync", {nothing, 0, 0, BARRIER});
   return t;
 }
 
@@ -1167,8 +1305,8 @@ const std::unordered_map<std::string, Opcode>& table() {
 
 u64 budget = 0;
 
-// Runs a warp until it waits at a barrier or ends.
-void run_warp(Warp& w) {
+// Runs a warp until it waits at a barrier or ends. False if the block's budget is used up.
+bool run_warp(Warp& w) {
   Program& program = w.block.program;
   const auto& code = program.code;
   while (w.alive) {
@@ -1193,10 +1331,11 @@ void run_warp(Warp& w) {
       const u32 p = *w.reg<u32>(i.predicate);
       mask &= i.negated ? ~p : p;
     }
+    if (!budget) return false;
+    --budget;
     ++counters.warp_instructions;
     counters.lane_instructions += std::popcount(mask);
     ++program.line_counts[i.ptx_line];
-    if (budget-- == 0) return;
 
     const auto go = [&](u32 lanes, int to) {
       if (w.together && lanes == w.alive) {
@@ -1226,13 +1365,14 @@ void run_warp(Warp& w) {
         w.alive &= ~mask;
         break;
       case BARRIER:
-        if (mask != w.alive) w.report("a barrier that not all lanes reach", std::countr_zero(here));
-        w.barrier = int(*w.reg<u32>(i.s[0]));
-        w.waiting = true;
         go(here, pc + 1);
-        return;
+        if (!mask) break;
+        if (mask != w.alive) w.report("a barrier that not all lanes reach", std::countr_zero(mask));
+        w.waiting = true;
+        return true;
     }
   }
+  return true;
 }
 
 void set_specials(Warp& w) {
@@ -1282,12 +1422,10 @@ bool run_block(Block& b) {
   }
   for (;;) {
     for (auto& w : warps)
-      if (w->alive && !w->waiting) run_warp(*w);
-    if (budget == u64(-1)) {
-      for (auto& w : warps)
-        if (w->alive && !w->waiting) w->report("does not come to an end", 0);
-      return false;
-    }
+      if (!run_warp(*w)) {
+        w->report("does not come to an end", std::countr_zero(w->alive));
+        return false;
+      }
     int waiting = 0, ended = 0;
     for (auto& w : warps) {
       waiting += w->waiting;
@@ -1350,14 +1488,20 @@ bool load(const std::string& text) {
       in >> opcode >> i.predicate >> negated >> i.immediate >> i.target >> i.file >> i.line >>
           i.ptx_line >> i.num_d;
       i.negated = negated;
+      const std::string where = "PTX line " + std::to_string(i.ptx_line) + ": ";
+      const auto found = table().find(opcode);
+      if (found == table().end()) return fail(where + "unknown opcode " + opcode);
+      const Opcode& known = found->second;
+      const auto refuse = [&](const char* what, int count) {
+        return fail(where + opcode + " with " + std::to_string(count) + " " + what);
+      };
+      if (i.num_d != known.num_d) return refuse("destinations", i.num_d);
       for (int n = 0; n < i.num_d; ++n) in >> i.d[n];
       in >> i.num_s;
+      if (i.num_s != known.num_s) return refuse("sources", i.num_s);
       for (int n = 0; n < i.num_s; ++n) in >> i.s[n];
-      const auto found = table().find(opcode);
-      if (found == table().end())
-        return fail("PTX line " + std::to_string(i.ptx_line) + ": unknown opcode " + opcode);
-      i.run = found->second.run;
-      i.kind = found->second.kind;
+      i.run = known.run;
+      i.kind = known.kind;
       last_line = std::max(last_line, i.ptx_line);
       p->code.push_back(i);
     } else {
@@ -1366,6 +1510,12 @@ bool load(const std::string& text) {
     if (in.fail()) return fail("cannot read: " + line);
   }
   if (p->code.empty()) return fail("a kernel without code");
+  const Instruction& last = p->code.back();
+  if ((last.kind != EXIT && last.kind != BRANCH) || last.predicate >= 0)
+    return fail("PTX line " + std::to_string(last.ptx_line) + ": the code does not end here");
+  for (const Instruction& i : p->code)
+    if (i.target >= int(p->code.size()))
+      return fail("PTX line " + std::to_string(i.ptx_line) + ": a branch to nowhere");
   p->info.num_params = int(p->param_bytes.size());
   p->info.param_bytes = p->param_bytes.data();
   p->line_counts.resize(last_line + 1);
@@ -1398,6 +1548,9 @@ int emu_launch(const char* kernel, const unsigned grid[3], const unsigned block[
     param_space.insert(param_space.end(), from, from + p.param_bytes[n]);
   }
   ++launch_serial;
+  place_regions();
+  if (placed.size() > std::numeric_limits<Buffer>::max())
+    return fail("more buffers than a register can tell apart"), -1;
   const u64 blocks = u64(grid[0]) * grid[1] * grid[2];
   for (u64 id = 0; id < blocks; ++id) {
     const size_t shared = p.info.static_shared + dynamic_shared;
@@ -1434,7 +1587,8 @@ void emu_memory_register(uint64_t address, uint64_t bytes, int initialised) {
 void emu_memory_unregister(uint64_t address) { regions.erase(address); }
 
 void emu_memory_initialise(uint64_t address, uint64_t bytes) {
-  Region* r = bytes ? find_region(address, bytes) : nullptr;
+  place_regions();
+  Region* r = bytes ? region_of(find_buffer(address, bytes)) : nullptr;
   if (!r) return;
   for (u64 g = (address - r->begin) / GRANULE; g <= (address + bytes - 1 - r->begin) / GRANULE; ++g)
     r->shadow(g).initialised[g % SHADOW] = 1;

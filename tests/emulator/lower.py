@@ -1,23 +1,30 @@
 """PTX, as nvcc writes it, into what the engine loads: one line of text for each instruction.
 
-Only what is understood passes: an opcode that the engine does not have, or a modifier that is not
-part of a known name, is refused when the kernel is loaded, and everything else here.
+Only what is understood passes. An opcode that the engine does not have, a modifier that is not part
+of a known name, and a wrong number of operands are refused when the kernel is loaded; everything
+else here.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import struct
 from dataclasses import dataclass, field
 
 LANES = 32
-# Bytes of a lane; a predicate is one mask of 32 bits for all lanes.
+# Bytes of a lane; a predicate is one mask of 32 bits for all lanes. A register of 64 bits may hold
+# an address: two more bytes of each lane say into which buffer.
 WIDTHS = {"b8": 1, "b16": 2, "f16": 2, "u16": 2, "s16": 2}
 WIDTHS |= dict.fromkeys(("b32", "u32", "s32", "f32"), 4)
 WIDTHS |= dict.fromkeys(("b64", "u64", "s64", "f64"), 8)
 PREDICATE = 0
-SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%lanemask_\w+|%warpid|%clock\w*")
-KNOWN_SPECIALS = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid")
+REGISTER_BYTES = {PREDICATE: 8, 1: LANES, 2: 2 * LANES, 4: 4 * LANES, 8: (8 + 2) * LANES}
+SPECIALS = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid")
+MODULE_DIRECTIVES = re.compile(r"\.(version|target|file)\s.*|\.address_size\s+64")
+KERNEL_DIRECTIVES = re.compile(r"\.(maxntid|minnctapersm)\s+\d+(?:,\s*\d+)*")
+SHARED_VARIABLE = re.compile(
+    r"(\.extern\s+|\.visible\s+|\.weak\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\];?"
+)
 
 
 class PtxError(ValueError):
@@ -33,11 +40,18 @@ class Statement:
 
 
 @dataclass
+class SharedVariable:
+    name: str
+    alignment: int
+    size: int | None  # None: what the launch asks for
+
+
+@dataclass
 class Kernel:
     """One entry of a module."""
 
     name: str
-    params: list[tuple[str, int, int]] = field(default_factory=list)  # name, bytes, alignment
+    params: list[tuple[str, int]] = field(default_factory=list)  # name, bytes
     max_threads: int = 0
     body: list[Statement] = field(default_factory=list)
 
@@ -46,66 +60,78 @@ class Kernel:
 class Module:
     kernels: dict[str, Kernel]
     files: dict[int, str]
-    shared: dict[str, int]  # offsets of variables in shared memory
-    static_shared: int  # bytes
+    shared: list[SharedVariable]
 
 
 def parse(text: str) -> Module:
     """The kernels of a PTX module."""
     found = re.findall(r'^\s*\.file\s+(\d+)\s+"(.*?)"', text, re.M)
     files = {int(number): path for number, path in found}
-    shared, static_shared = _shared_variables(text)
     kernels = {}
-    pattern = re.compile(r"\.entry\s+(\S+?)\s*\((.*?)\)(.*?)^\{(.*?)^\}", re.S | re.M)
+    pattern = re.compile(
+        r"^[ \t]*(?:\.visible\s+|\.weak\s+)?\.entry\s+(\S+?)\s*\((.*?)\)(.*?)^\{(.*?)^\}",
+        re.S | re.M,
+    )
     for entry in pattern.finditer(text):
         name, params, directives, body = entry.groups()
-        kernel = Kernel(name, _params(params))
-        if bounds := re.search(r"\.maxntid\s+(\d+)(?:,\s*(\d+),\s*(\d+))?", directives):
-            sizes = [int(n) for n in bounds.groups() if n]
-            kernel.max_threads = sizes[0] * (sizes[1] if len(sizes) > 1 else 1)
-            kernel.max_threads *= sizes[2] if len(sizes) > 2 else 1
-        first_line = text.count("\n", 0, entry.start(4)) + 1
-        kernel.body = _statements(body, first_line)
+        line = text.count("\n", 0, entry.start()) + 1
+        kernel = Kernel(name, _params(params, line), _max_threads(directives, line))
+        kernel.body = _statements(body, text.count("\n", 0, entry.start(4)) + 1)
         kernels[name] = kernel
     if not kernels:
         raise PtxError("no kernel in this PTX")
-    return Module(kernels, files, shared, static_shared)
+
+    def blank(match: re.Match[str]) -> str:
+        return "\n" * match[0].count("\n")
+
+    rest = pattern.sub(blank, text)
+    rest = re.sub(r"^\s*\.section\s.*?^\s*\}", blank, rest, flags=re.S | re.M)
+    return Module(kernels, files, _module_variables(rest))
 
 
-def _shared_variables(text: str) -> tuple[dict[str, int], int]:
-    """Static ones first, then the dynamic one, where static memory ends."""
-    offsets: dict[str, int] = {}
-    end, dynamic = 0, []
-    pattern = (
-        r"^\s*(\.extern\s+|\.visible\s+|\.weak\s+)?"
-        r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]"
-    )
-    for linkage, align, name, size in re.findall(pattern, text, re.M):
-        if not size:
-            dynamic.append((name, int(align)))
-            continue
-        if linkage.startswith(".extern"):
-            raise PtxError(f"shared variable {name}: external with a size")
-        offsets[name] = -(-end // int(align)) * int(align)
-        end = offsets[name] + int(size)
-    for name, align in dynamic:
-        end = -(-end // align) * align
-        offsets[name] = end
-    return offsets, end
+def _module_variables(text: str) -> list[SharedVariable]:
+    """Variables in shared memory, of a module whose kernels are taken out."""
+    variables = []
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = raw.split("//")[0].strip()
+        if variable := SHARED_VARIABLE.fullmatch(line):
+            variables.append(_shared_variable(variable, number))
+        elif line and not MODULE_DIRECTIVES.fullmatch(line):
+            raise PtxError(f"PTX line {number}: unknown directive: {line!r}")
+    return variables
 
 
-def _params(text: str) -> list[tuple[str, int, int]]:
+def _shared_variable(match: re.Match[str], line: int) -> SharedVariable:
+    linkage, alignment, name, size = match.groups()
+    if (linkage or "").startswith(".extern") == bool(size):
+        raise PtxError(f"PTX line {line}: external with a size, or not external without: {name}")
+    return SharedVariable(name, int(alignment), int(size) if size else None)
+
+
+def _max_threads(directives: str, line: int) -> int:
+    threads = 0
+    for directive in filter(None, map(str.strip, directives.split("\n"))):
+        match = KERNEL_DIRECTIVES.fullmatch(directive)
+        if not match:
+            raise PtxError(f"PTX line {line}: unknown directive of a kernel: {directive!r}")
+        if match[1] == "maxntid":
+            threads = math.prod(map(int, re.findall(r"\d+", directive)))
+    return threads
+
+
+def _params(text: str, line: int) -> list[tuple[str, int]]:
     params = []
     for param in filter(None, (part.strip() for part in text.split(","))):
-        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(\w+)(?:\[(\d+)\])?"
+        pattern = (
+            r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.global\s+)?\.align\s+\d+\s+)?"
+            r"(\w+)(?:\[(\d+)\])?"
+        )
         match = re.fullmatch(pattern, param)
-        if not match:
-            raise PtxError(f"parameter {param!r}")
-        align, kind, name, count = match.groups()
-        width = WIDTHS.get("b8" if kind in ("b8", "u8", "s8") else kind)
+        kind, name, count = match.groups() if match else ("", "", "")
+        width = WIDTHS.get("b8" if kind in ("u8", "s8") else kind)
         if width is None:
-            raise PtxError(f"parameter {param!r}: type")
-        params.append((name, width * int(count or 1), int(align or width)))
+            raise PtxError(f"PTX line {line}: unknown kind of parameter: {param!r}")
+        params.append((name, width * int(count or 1)))
     return params
 
 
@@ -122,14 +148,14 @@ def _statements(body: str, first_line: int) -> list[Statement]:
             continue
         while code:
             if not pending:
-                # Braces of a scope, not of a vector.
-                code = re.sub(r"^[{}]\s*", "", code)
+                if code[0] in "{}":  # of a scope, not of a vector
+                    statements.append(Statement(code[0], number, file, line))
+                    code = code[1:].strip()
+                    continue
                 if label := re.match(r"([\w$]+):\s*", code):
                     statements.append(Statement(label[1] + ":", number, file, line))
                     code = code[label.end() :]
                     continue
-                if not code:
-                    break
                 pending_line = number
             end = code.find(";")
             if end < 0:
@@ -140,8 +166,16 @@ def _statements(body: str, first_line: int) -> list[Statement]:
             )
             pending, code = "", code[end + 1 :].strip()
     if pending.strip():
-        raise PtxError(f"line {pending_line}: statement without an end: {pending!r}")
+        raise PtxError(f"PTX line {pending_line}: statement without an end: {pending!r}")
     return statements
+
+
+@dataclass
+class Scope:
+    """Registers declared between two braces."""
+
+    names: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, width
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)  # "%rd": width, how many
 
 
 class Lowering:
@@ -149,24 +183,43 @@ class Lowering:
 
     def __init__(self, module: Module, kernel: Kernel) -> None:
         self._module, self._kernel = module, kernel
-        self._registers: dict[str, tuple[int, int]] = {}  # name -> offset, width
-        self._ranges: dict[str, int] = {}  # "%rd" -> width
+        self._scopes = [Scope()]
         self._constants: dict[tuple[int, int], int] = {}  # width, value -> offset
         self._specials: dict[str, int] = {}
         self._bytes = 0
         self._lines: list[str] = []
-        self._param_offsets: dict[str, int] = {}
+        self._params: dict[str, tuple[int, int]] = {}  # offset, bytes
         end = 0
-        for name, size, _ in kernel.params:
+        for name, size in kernel.params:
             end = -(-end // 16) * 16  # as the engine lays them out
-            self._param_offsets[name] = end
+            self._params[name] = end, size
             end += size
+        self._shared: dict[str, int] = {}  # offsets
+        self._static_shared = 0  # bytes
+        self._place_shared_variables()
+
+    def _place_shared_variables(self) -> None:
+        """Those that the kernel names. Static ones first, then what the launch asks for."""
+        body = self._kernel.body
+        words = {word for statement in body for word in re.findall(r"\w+", statement.text)}
+        variables = [v for v in self._module.shared if v.name in words]
+        for statement in body:
+            if match := SHARED_VARIABLE.fullmatch(statement.text):
+                variables.append(_shared_variable(match, statement.ptx_line))
+        for variable in sorted(variables, key=lambda v: v.size is None):
+            start = -(-self._static_shared // variable.alignment) * variable.alignment
+            self._shared[variable.name] = start
+            self._static_shared = start + (variable.size or 0)
 
     def text(self) -> str:
         kernel = self._kernel
         labels: dict[str, int] = {}
         for statement in kernel.body:
-            if statement.text.endswith(":"):
+            if statement.text == "{":
+                self._scopes.append(Scope())
+            elif statement.text == "}":
+                self._scopes.pop()
+            elif statement.text.endswith(":"):
                 if statement.text[:-1] in labels:
                     raise self._error(statement, "label seen twice")
                 labels[statement.text[:-1]] = len(self._lines)
@@ -178,12 +231,11 @@ class Lowering:
         for line in self._lines:
             words = line.split(" ")
             if words[4] != "-" and words[4] not in labels:
-                raise PtxError(f"{kernel.name}: unknown label {words[4]}")
+                raise PtxError(f"{kernel.name}, PTX line {words[7]}: unknown label {words[4]}")
             words[4] = str(labels.get(words[4], -1))
             code.append("do " + " ".join(words))
-        static = self._module.static_shared
-        head = [f"kernel {kernel.name} {self._bytes} {static} {kernel.max_threads}"]
-        head += [f"param {size}" for _, size, _ in kernel.params]
+        head = [f"kernel {kernel.name} {self._bytes} {self._static_shared} {kernel.max_threads}"]
+        head += [f"param {size}" for _, size in kernel.params]
         head += [f"file {number} {path}" for number, path in self._module.files.items()]
         head += [
             f"constant {offset} {width} {value}"
@@ -199,7 +251,7 @@ class Lowering:
 
     def _directive(self, statement: Statement) -> None:
         words = statement.text.split(None, 2)
-        if words[0] == ".pragma":
+        if words[0] == ".pragma" or SHARED_VARIABLE.fullmatch(statement.text):
             return
         if words[0] != ".reg":
             raise self._error(statement, "unknown directive")
@@ -207,27 +259,42 @@ class Lowering:
         width = PREDICATE if kind == "pred" else WIDTHS.get(kind)
         if width is None or width == 1:
             raise self._error(statement, "unknown type of register")
-        for name in words[2].split(","):
-            if ranged := re.fullmatch(r"(%\w+)<\d+>", name.strip()):
-                self._ranges[ranged[1]] = width
+        for name in map(str.strip, words[2].split(",")):
+            if ranged := re.fullmatch(r"(%\w+)<(\d+)>", name):
+                self._scopes[-1].ranges[ranged[1]] = width, int(ranged[2])
+            elif re.fullmatch(r"[%\w$]+", name):
+                self._scopes[-1].names[name] = self._allocate(width), width
             else:
-                # Assembler written by hand may use a name in several scopes: they never overlap.
-                self._registers.pop(name.strip(), None)
-                self._registers[name.strip()] = (self._allocate(width), width)
+                raise self._error(statement, f"unknown form of register {name}")
 
     def _allocate(self, width: int) -> int:
         offset = self._bytes
-        self._bytes += 8 if width == PREDICATE else width * LANES
+        self._bytes += REGISTER_BYTES[width]
         return offset
 
-    def _register(self, statement: Statement, name: str) -> tuple[int, int]:
-        if name not in self._registers:
-            match = re.fullmatch(r"(%[a-z]+)\d+", name)
-            if not match or match[1] not in self._ranges:
-                raise self._error(statement, f"unknown register {name}")
-            width = self._ranges[match[1]]
-            self._registers[name] = (self._allocate(width), width)
-        return self._registers[name]
+    def _find_register(self, name: str) -> tuple[int, int] | None:
+        """Offset and width; of the innermost scope that has it."""
+        numbered = re.fullmatch(r"(%[a-z]+)(\d+)", name)
+        for scope in reversed(self._scopes):
+            if name in scope.names:
+                return scope.names[name]
+            if numbered and numbered[1] in scope.ranges:
+                width, count = scope.ranges[numbered[1]]
+                if int(numbered[2]) < count:
+                    scope.names[name] = self._allocate(width), width
+                    return scope.names[name]
+        return None
+
+    def _register(
+        self, statement: Statement, name: str, width: int | None = None
+    ) -> tuple[int, int]:
+        """Offset and width of a register, which has to have `width` bytes."""
+        found = self._find_register(name)
+        if not found:
+            raise self._error(statement, f"unknown register {name}")
+        if width is not None and found[1] != width:
+            raise self._error(statement, f"{name} has {found[1]} bytes, not {width}")
+        return found
 
     def _constant(self, width: int, value: int) -> int:
         key = (width, value & ((1 << (8 * width)) - 1) if width else int(bool(value)))
@@ -237,99 +304,118 @@ class Lowering:
 
     def _operand(self, statement: Statement, text: str, width: int) -> int:
         """The register that holds a source operand of `width` bytes."""
-        if SPECIAL.fullmatch(text):
-            if not KNOWN_SPECIALS.fullmatch(text):
-                raise self._error(statement, f"unknown special register {text}")
+        if self._find_register(text):
+            return self._register(statement, text, width)[0]
+        if SPECIALS.fullmatch(text):
+            if width != 4:
+                raise self._error(statement, f"{text} has 4 bytes, not {width}")
             if text not in self._specials:
                 self._specials[text] = self._allocate(4)
             return self._specials[text]
-        if text.startswith("%") or text in self._registers:
-            offset, found = self._register(statement, text)
-            if found != width:
-                raise self._error(statement, f"{text} has {found} bytes, not {width}")
-            return offset
-        if hexfloat := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
-            return self._constant(width, int(hexfloat[1], 16))
-        if hexdouble := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
-            return self._constant(width, int(hexdouble[1], 16))
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
-            return self._constant(width, int(text.rstrip("U"), 0))
-        if text in self._module.shared:
-            return self._constant(width, self._module.shared[text])
-        if text in self._param_offsets:
-            return self._constant(width, self._param_offsets[text])
+        if text.startswith("%"):
+            raise self._error(statement, f"unknown register {text}")
+        if number := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text):
+            if width != (4 if number[1] else 8):
+                raise self._error(statement, f"{text} does not have {width} bytes")
+            return self._constant(width, int(number[1] or number[2], 16))
+        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0|[1-9]\d*)U?", text):
+            value = int(text.rstrip("U"), 0)
+            if width and not -(1 << 8 * width - 1) <= value < 1 << 8 * width:
+                raise self._error(statement, f"{text} does not fit into {width} bytes")
+            return self._constant(width, value)
+        if text in self._shared and width in (4, 8):
+            return self._constant(width, self._shared[text])
+        if text in self._params and width == 8:
+            return self._constant(width, self._params[text][0])
         raise self._error(statement, f"unknown operand {text}")
 
     def _destination(self, statement: Statement, text: str, width: int) -> int:
-        if text == "_":
-            return self._allocate(width)
-        offset, found = self._register(statement, text)
-        if found != width:
-            raise self._error(statement, f"{text} has {found} bytes, not {width}")
-        return offset
+        return self._allocate(width) if text == "_" else self._register(statement, text, width)[0]
 
-    def _address(self, statement: Statement, text: str) -> tuple[int, int, int]:
+    def _address(self, statement: Statement, text: str, space: str) -> tuple[int, int, int]:
         """Register, bytes of the register, and what is added."""
         match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
         if not match:
-            raise self._error(statement, f"address {text}")
+            raise self._error(statement, f"unknown form of address {text}")
         base, added = match[1], int(match[2] or 0)
-        if base.startswith("%") or base in self._registers:
+        if self._find_register(base):
             offset, width = self._register(statement, base)
+            if width != 8 and (width, space) != (4, "shared"):
+                raise self._error(statement, f"an address of {width} bytes")
             return offset, width, added
+        if base not in {"shared": self._shared, "param": self._params}.get(space, ()):
+            raise self._error(statement, f"unknown address {text}")
         return self._operand(statement, base, 8), 8, added
 
     def _instruction(self, statement: Statement) -> None:
-        match = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.]+)\s*(.*)", statement.text, re.S)
+        match = re.fullmatch(r"(?:@(!?)([%\w$]+)\s+)?([\w.]+)\s*(.*)", statement.text, re.S)
         if not match:
             raise self._error(statement, "not an instruction")
         negated, predicate, opcode, rest = match.groups()
         operands = _split(rest)
-        where = self._register(statement, predicate)[0] if predicate else -1
+        where = self._register(statement, predicate, PREDICATE)[0] if predicate else -1
         immediate, target = 0, ""
         destinations: list[int] = []
         sources: list[int] = []
         parts = opcode.split(".")
-        kind = parts[0]
-        last = parts[-1]
+        kind, last = parts[0], parts[-1]
+
+        def expect(*counts: int) -> None:
+            if len(operands) not in counts:
+                raise self._error(statement, f"{len(operands)} operands")
 
         if opcode in ("bra", "bra.uni"):
+            expect(1)
+            if predicate and opcode == "bra.uni":
+                raise self._error(statement, "a uniform branch with a predicate")
             target = operands[0]
         elif opcode in ("ret", "exit", "cp.async.commit_group", "cp.async.wait_all"):
-            pass
+            expect(0)
         elif opcode == "cp.async.wait_group":
+            expect(1)
+            if not operands[0].isdigit():
+                raise self._error(statement, "unknown form")
             immediate = int(operands[0])
-        elif opcode in ("bar.sync", "barrier.sync", "bar.warp.sync"):
-            if len(operands) != 1:
-                raise self._error(statement, "a barrier with a count")
+        elif opcode in ("bar.sync", "barrier.sync"):
+            if operands != ["0"]:
+                raise self._error(statement, "another barrier than 0 of all threads")
+        elif opcode == "bar.warp.sync":
+            expect(1)
             sources = [self._operand(statement, operands[0], 4)]
-        elif kind in ("ld", "st", "ldu"):
+        elif kind in ("ld", "st"):
+            expect(2)
             opcode, destinations, sources, immediate = self._memory(statement, parts, operands)
         elif kind == "ldmatrix":
-            base, width, immediate = self._address(statement, operands[1])
+            expect(2)
+            base, width, immediate = self._address(statement, operands[1], "shared")
             destinations = [self._destination(statement, r, 4) for r in _vector(operands[0])]
             sources = [base]
             opcode += f".a{width}"
         elif opcode == "cp.async.cg.shared.global":
-            to, width, added = self._address(statement, operands[0])
-            source, source_width, source_added = self._address(statement, operands[1])
-            if operands[2] != "16" or added or source_added or source_width != 8:
+            expect(3, 4)
+            to, width, added = self._address(statement, operands[0], "shared")
+            source, _, source_added = self._address(statement, operands[1], "global")
+            if operands[2] != "16" or added or source_added:
                 raise self._error(statement, "unknown form")
             size = operands[3] if len(operands) > 3 else "16"
             sources = [to, source, self._operand(statement, size, 4)]
             opcode += f".16.a{width}"
         elif kind == "mma":
+            expect(4)
             destinations = [self._destination(statement, r, 4) for r in _vector(operands[0])]
             sources = [
                 self._operand(statement, r, 4) for group in operands[1:] for r in _vector(group)
             ]
         elif kind == "shfl":
-            names = operands[0].split("|")
-            destinations = [self._destination(statement, names[0], 4)]
-            if len(names) > 1:
-                destinations.append(self._destination(statement, names[1], PREDICATE))
+            expect(5)
+            value, _, in_range = operands[0].partition("|")
+            destinations = [
+                self._destination(statement, value, 4),
+                self._destination(statement, in_range or "_", PREDICATE),
+            ]
             sources = [self._operand(statement, x, 4) for x in operands[1:]]
         elif kind == "vote":
+            expect(3)
             destinations = [
                 self._destination(statement, operands[0], 4 if last == "b32" else PREDICATE)
             ]
@@ -337,18 +423,21 @@ class Lowering:
                 self._operand(statement, operands[1], PREDICATE),
                 self._operand(statement, operands[2], 4),
             ]
-        elif kind == "mov" and operands[1].startswith("{"):
+        elif kind == "mov" and any(x.startswith("{") for x in operands):
+            expect(2)
+            if last not in ("b32", "b64"):
+                raise self._error(statement, "unknown type")
             whole = WIDTHS[last]
-            opcode = f"pack.{last}"
-            destinations = [self._destination(statement, operands[0], whole)]
-            sources = [self._operand(statement, x, whole // 2) for x in _vector(operands[1])]
-        elif kind == "mov" and operands[0].startswith("{"):
-            whole = WIDTHS[last]
-            opcode = f"unpack.{last}"
-            destinations = [
-                self._destination(statement, x, whole // 2) for x in _vector(operands[0])
-            ]
-            sources = [self._operand(statement, operands[1], whole)]
+            if operands[0].startswith("{"):
+                opcode = f"unpack.{last}"
+                destinations = [
+                    self._destination(statement, x, whole // 2) for x in _vector(operands[0])
+                ]
+                sources = [self._operand(statement, operands[1], whole)]
+            else:
+                opcode = f"pack.{last}"
+                destinations = [self._destination(statement, operands[0], whole)]
+                sources = [self._operand(statement, x, whole // 2) for x in _vector(operands[1])]
         else:
             destinations, sources = self._plain(statement, parts, operands)
         self._emit(
@@ -376,42 +465,42 @@ class Lowering:
     ) -> tuple[list[int], list[int]]:
         """Element by element: one destination, all operands of the type's width."""
         kind, last = parts[0], parts[-1]
-        if last == "pred":
-            width = source = PREDICATE
-        elif last in WIDTHS or last in ("bf16", "bf16x2"):
-            width = source = WIDTHS.get(last, 2 if last == "bf16" else 4)
-        else:
-            raise self._error(statement, "unknown type")
+        types = {**WIDTHS, "pred": PREDICATE, "bf16": 2, "bf16x2": 4, "f16x2": 4}
+        if last not in types or len(parts) < 2:
+            raise self._error(statement, "unknown opcode or type")
+        width = source = types[last]
         if kind == "setp":
             width = PREDICATE
         elif kind == "cvt":
-            target = parts[-2]
-            width = {"bf16": 2, "f16x2": 4, "bf16x2": 4}.get(target) or WIDTHS.get(target, -1)
-        elif parts[1:2] == ["wide"]:
+            if parts[-2] not in types:
+                raise self._error(statement, "unknown type")
+            width = types[parts[-2]]
+        elif parts[1] == "wide":
             width = 2 * source
+        if len(operands) not in (2, 3, 4, 5):
+            raise self._error(statement, f"{len(operands)} operands")
         widths = [source] * (len(operands) - 1)
         if kind in ("shl", "shr"):
-            widths[1] = 4
+            widths[1:] = [4]
         elif kind == "selp":
-            widths[2] = PREDICATE
+            widths[2:] = [PREDICATE]
         elif kind == "mad" and parts[1] == "wide":
-            widths[2] = 2 * source
+            widths[2:] = [2 * source]
         elif kind == "redux":
-            widths = [4, 4]
+            widths[1:] = [4]
+        if len(widths) != len(operands) - 1:
+            raise self._error(statement, f"{len(operands)} operands")
         destinations = [self._destination(statement, operands[0], width)]
-        if kind == "cvt" and source == 4 and self._width_of(statement, operands[1]) == 8:
+        found = self._find_register(operands[1])
+        if kind == "cvt" and source == 4 and found and found[1] == 8:
             # The low half of a wider register, which PTX lets a conversion read.
             half = self._allocate(4)
-            whole = self._operand(statement, operands[1], 8)
-            self._emit(statement, "cvt.u32.u64", [half], [whole])
+            self._emit(statement, "cvt.u32.u64", [half], [found[0]])
             return destinations, [half]
         sources = [
             self._operand(statement, x, w) for x, w in zip(operands[1:], widths, strict=True)
         ]
         return destinations, sources
-
-    def _width_of(self, statement: Statement, text: str) -> int | None:
-        return self._register(statement, text)[1] if text.startswith("%") else None
 
     def _memory(
         self, statement: Statement, parts: list[str], operands: list[str]
@@ -419,22 +508,33 @@ class Lowering:
         loads = parts[0] == "ld"
         values, address = operands if loads else operands[::-1]
         names = _vector(values) if values.startswith("{") else [values]
-        base, base_width, added = self._address(statement, address)
-        width = WIDTHS.get(parts[-1], 1)
-        registers = []
-        for name in names:
-            if name.startswith("%") or name in self._registers:
-                registers.append(self._register(statement, name))
-            else:
-                registers.append((self._operand(statement, name, max(width, 2)), max(width, 2)))
-        register_width = registers[0][1]
+        types = {**WIDTHS, "u8": 1, "s8": 1}
+        if parts[-1] not in types:
+            raise self._error(statement, "unknown type")
+        width = types[parts[-1]]
+        space = next((x for x in ("shared", "param", "global") if x in parts), "generic")
+        base, base_width, added = self._address(statement, address, space)
+        self._check_param(statement, address, added, width * len(names))
+        known = [found for name in names if (found := self._find_register(name))]
+        register_width = known[0][1] if known else max(width, 2)
+        registers = [
+            self._register(statement, name, register_width)[0]
+            if loads
+            else self._operand(statement, name, register_width)
+            for name in names
+        ]
         opcode = ".".join(parts) + f".{register_width}"
-        if "shared" in parts:
+        if space == "shared":
             opcode += f".a{base_width}"
-        elif base_width != 8:
-            raise self._error(statement, "address")
-        offsets = [offset for offset, _ in registers]
-        return (opcode, offsets, [base], added) if loads else (opcode, [], [*offsets, base], added)
+        if loads:
+            return opcode, registers, [base], added
+        return opcode, [], [*registers, base], added
+
+    def _check_param(self, statement: Statement, address: str, added: int, size: int) -> None:
+        """What is read by the parameter's name stays within it."""
+        name = re.findall(r"[%\w$]+", address)[0]
+        if name in self._params and not 0 <= added <= self._params[name][1] - size:
+            raise self._error(statement, "reads past the parameter")
 
 
 def _split(text: str) -> list[str]:
@@ -451,8 +551,3 @@ def lower(text: str) -> dict[str, str]:
     """The engine's text for every kernel of a PTX module, by the kernel's name."""
     module = parse(text)
     return {name: Lowering(module, kernel).text() for name, kernel in module.kernels.items()}
-
-
-def float_bits(x: float) -> str:
-    """A float32 number as PTX writes it."""
-    return f"0f{struct.unpack('>I', struct.pack('>f', x))[0]:08X}"
