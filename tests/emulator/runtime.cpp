@@ -193,7 +193,9 @@ const EmuKernelInfo* usable_program(const Kernel* kernel, cudaError_t* error) {
     return nullptr;
   }
   const EmuKernelInfo* info = program_of(kernel->name);
-  if (!info) *error = failure(cudaErrorInvalidDeviceFunction, "no PTX for " + kernel->name);
+  if (!info)
+    *error = failure(cudaErrorInvalidDeviceFunction,
+                     "no PTX for " + kernel->name + ", or it was refused: " + emu_error());
   return info;
 }
 
