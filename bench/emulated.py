@@ -39,7 +39,7 @@ class Work:
     """Of one launch of the attention kernel: totals over all blocks."""
 
     blocks: int
-    visits: int  # passes over a chunk of keys, of all blocks
+    passes: int  # of all blocks
     keys: int  # times KV heads
     instructions: int  # of warps
     sectors: int
@@ -102,7 +102,7 @@ def attend(heads: Heads, workers: int, lengths: Sequence[int]) -> Work:
         counted = engine.counters()
     return Work(
         blocks=attention.grid[0],
-        visits=sum(map(len, plan.visits)) * heads.kv_heads,
+        passes=tables.num_passes * heads.kv_heads,
         keys=sum(lengths) * heads.kv_heads,
         instructions=counted.warp_instructions,
         sectors=counted.load_sectors,

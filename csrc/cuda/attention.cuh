@@ -1,7 +1,7 @@
 // Attention on the tensor cores: rows of all workers against pages or plain tensors of keys and
 // values, each tile of which is read once for all rows of a block.
 //
-// A block has up to 64 rows (query token x head of a KV group) and a run of visits. Four warps
+// A block has up to 64 rows (query token x head of a KV group) and a run of passes. Four warps
 // share the 64 keys of a tile, then the value dimensions:
 //
 //                 keys 0-15  16-31  32-47  48-63            dims 0..D/4  ..D/2  ..3D/4  ..D
@@ -13,7 +13,7 @@
 // So no key or value is loaded twice from shared memory for up to 32 rows, and a row's arithmetic
 // is the same wherever it stands and however many stand beside it: each score is one sum over D in
 // steps of 16, each output one sum over the tile's keys in steps of 16, each row's sum of
-// probabilities four sums (one for each 16 keys) that are added at the end of the visit.
+// probabilities four sums (one for each 16 keys) that are added at the end of the pass.
 //
 // Tiles travel through a ring in shared memory, keys and values alternately:
 //
@@ -29,6 +29,8 @@
 // and leaves three of four warps idle at 16 rows.
 
 #pragma once
+
+#include <cfloat>
 
 #include "item.cuh"
 
@@ -57,7 +59,7 @@ struct Shape {
 
   // Shared memory: ring of tiles, queries, probabilities, then the small arrays.
   static constexpr int SMALL_BYTES =
-      ROWS * (int(sizeof(Row)) + int(sizeof(Limits)) + (2 + 4) * int(sizeof(float)));
+      ROWS * (int(sizeof(QueryRow<void>)) + int(sizeof(Limits)) + (2 + 4) * int(sizeof(float)));
   static constexpr int shared_bytes(int ring) {
     return ring * TILE_BYTES + QUERY_BYTES + PROBABILITY_BYTES + SMALL_BYTES;
   }
@@ -110,7 +112,7 @@ struct Attention {
 
   // Shared memory, and this thread's places in it
   const uint32_t ring, queries, probabilities;
-  Row* const rows;
+  QueryRow<Element>* const rows;
   Limits* const limits;
   uint4* const maxima;  // [ROWS / 2] pairs of rows, one of each quarter of a tile's keys
   float4* const sums;  // [ROWS], likewise
@@ -119,13 +121,18 @@ struct Attention {
   const uint32_t probability_store, probability_load;
   const uint32_t maximum_load, maximum_store;
 
+  // Page 0 of this layer, this thread's first chunk, and from one page of all heads to the next.
+  const char *const key_pages, *const value_pages;
+  const int32_t page_bytes;
+  const bool plain_rotation;  // of all dimensions, half against half, and aligned
+
   int segment = -1;  // that the queries are rotated for
 
   // Registers; [2] are rows lane / 4 and + 8 of a row tile.
   uint32_t query[S::HOLD_QUERIES ? WARP_TILES : 1][S::HOLD_QUERIES ? S::STEPS : 1][4];
   float out[WARP_TILES][OUT_TILES][4];
   float score[WARP_TILES][2][4];
-  // The largest score of the visit so far, before scaling, rounded to bfloat16: what a softmax
+  // The largest score of the pass so far, before scaling, rounded to bfloat16: what a softmax
   // subtracts need not be exact, and two rows then travel in one register.
   uint32_t row_max[WARP_TILES];
   float bias[WARP_TILES][2];  // its negative in powers of two
@@ -143,8 +150,8 @@ struct Attention {
         ring(kept(shared_address(shared))),
         queries(ring + RING * S::TILE_BYTES),
         probabilities(queries + S::QUERY_BYTES),
-        rows(reinterpret_cast<Row*>(shared + RING * S::TILE_BYTES + S::QUERY_BYTES +
-                                    S::PROBABILITY_BYTES)),
+        rows(reinterpret_cast<QueryRow<Element>*>(shared + RING * S::TILE_BYTES + S::QUERY_BYTES +
+                                                  S::PROBABILITY_BYTES)),
         limits(reinterpret_cast<Limits*>(rows + S::ROWS)),
         maxima(reinterpret_cast<uint4*>(limits + S::ROWS)),
         sums(reinterpret_cast<float4*>(maxima + S::ROWS / 2)),
@@ -154,59 +161,74 @@ struct Attention {
             probabilities + probability_place(first_row + lane / 4, quarter * 2) + lane % 4 * 4)),
         probability_load(kept(probabilities + probability_place(first_row + lane % 16, lane / 16))),
         maximum_load(kept(shared_address(maxima + first_row / 2 + lane / 4))),
-        maximum_store(kept(maximum_load + quarter * 4)) {
+        maximum_store(kept(maximum_load + quarter * 4)),
+        key_pages(kept(first_chunk(p.key_pages))),
+        value_pages(kept(first_chunk(p.value_pages))),
+        page_bytes(kept(p.kv_heads * S::TILE_BYTES)),
+        plain_rotation(p.wide_query && !p.interleaved && header.half_rotary == D / 2) {
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2)
       value_place[n / 2] = kept(
           ring + S::place(lane % 16, quarter * OUT_TILES + n + (n + 1 < OUT_TILES) * (lane / 16)));
   }
 
-  // ---- rows and queries ---------------------------------------------------------------------
-
-  __device__ void load_rows() {
-    const Row* from = header.array<Row>(header.rows) + item.row_begin;
-    for (int r = threadIdx.x; r < item.row_count; r += S::THREADS) rows[r] = from[r];
+  __device__ __forceinline__ const char* first_chunk(const void* pages) const {
+    return static_cast<const char*>(pages) + head * S::TILE_BYTES +
+           threadIdx.x / COLUMNS * S::ROW_BYTES + threadIdx.x % COLUMNS * 16;
   }
 
-  __device__ const Element* query_row(const Row& row) const {
-    return static_cast<const Element*>(params.query.data) +
-           row_offset(params.query, row, head * params.group + row.head);
+  // ---- rows and queries ---------------------------------------------------------------------
+
+  // The queries of rows that are not there are zero.
+  __device__ void load_rows() {
+    const Row* from = header.array<Row>(header.rows) + item.row_begin;
+    for (int r = threadIdx.x; r < item.row_count; r += S::THREADS)
+      rows[r] = query_row<Element>(params, from[r], head);
+    if (item.row_count < S::ROWS)
+      for (int i = threadIdx.x * 16; i < S::QUERY_BYTES; i += S::THREADS * 16)
+        store_shared(queries + i, make_uint4(0, 0, 0, 0));
   }
 
   // Rotates the queries afresh, into the operands of the scores.
   __device__ void enter_segment(int segment) {
-    const bool plain = params.wide_query && !params.interleaved && header.half_rotary == D / 2;
-    if (plain)
+    if (plain_rotation)
       rotate_four_pairs(segment);
     else
       rotate_one_by_one(segment);
   }
 
-  // Dimensions j .. j + 3 and their partners D / 2 further on.
+  // A thread takes dimensions j .. j + 3 and their partners D / 2 further on, of every so many
+  // rows.
   __device__ void rotate_four_pairs(int segment) {
-    constexpr int FOURS = D / 8;
-    for (int i = threadIdx.x; i < S::ROWS * FOURS; i += S::THREADS) {
-      const int r = i / FOURS, j = i % FOURS * 4;
-      uint2 low{0, 0}, high{0, 0};
-      if (r < item.row_count) {
-        const Row row = rows[r];
-        const Element* from = query_row(row);
-        const uint2 x = *reinterpret_cast<const uint2*>(from + j);
-        const uint2 y = *reinterpret_cast<const uint2*>(from + j + D / 2);
-        const Angles angles(header, row, segment);
-        float4 c = *reinterpret_cast<const float4*>(angles.offset + j);
-        float4 s = *reinterpret_cast<const float4*>(angles.offset + j + D / 2);
-        if (item.worker_tokens > 1) {
-          const float4 ci = *reinterpret_cast<const float4*>(angles.token + j);
-          const float4 si = *reinterpret_cast<const float4*>(angles.token + j + D / 2);
-          add(c.x, s.x, ci.x, si.x);
-          add(c.y, s.y, ci.y, si.y);
-          add(c.z, s.z, ci.z, si.z);
-          add(c.w, s.w, ci.w, si.w);
-        }
-        rotate(x.x, y.x, c.x, s.x, c.y, s.y, low.x, high.x);
-        rotate(x.y, y.y, c.z, s.z, c.w, s.w, low.y, high.y);
+    constexpr int THREADS_OF_ROW = D == 96 ? 16 : D / 8;
+    constexpr int AT_ONCE = S::THREADS / THREADS_OF_ROW;
+    const int j = threadIdx.x % THREADS_OF_ROW * 4;
+    if (j >= D / 2) return;
+    const char* offset_angles = header.array<char>(header.offset_angles) + (segment * D + j) * 4;
+    const int32_t worker_bytes = header.num_segments * (D * 4);
+#pragma unroll
+    for (int first = 0; first < S::ROWS; first += AT_ONCE) {
+      if (first >= item.row_count) break;
+      const int r = first + threadIdx.x / THREADS_OF_ROW;
+      if (r >= item.row_count) continue;
+      const QueryRow<Element> row = rows[r];
+      const uint2 x = *reinterpret_cast<const uint2*>(row.query + j);
+      const uint2 y = *reinterpret_cast<const uint2*>(row.query + j + D / 2);
+      const char* angles = advance(offset_angles, row.worker, worker_bytes);
+      float4 c = *reinterpret_cast<const float4*>(angles);
+      float4 s = *reinterpret_cast<const float4*>(angles + D * 2);
+      if (item.worker_tokens > 1) {
+        angles = advance(header.array<char>(header.token_angles) + j * 4, row.token, D * 4);
+        const float4 ci = *reinterpret_cast<const float4*>(angles);
+        const float4 si = *reinterpret_cast<const float4*>(angles + D * 2);
+        add(c.x, s.x, ci.x, si.x);
+        add(c.y, s.y, ci.y, si.y);
+        add(c.z, s.z, ci.z, si.z);
+        add(c.w, s.w, ci.w, si.w);
       }
+      uint2 low, high;
+      rotate(x.x, y.x, c.x, s.x, c.y, s.y, low.x, high.x);
+      rotate(x.y, y.y, c.z, s.z, c.w, s.w, low.y, high.y);
       store_shared(queries + S::place(r, j / 8) + j % 8 * 2, low);
       store_shared(queries + S::place(r, (j + D / 2) / 8) + j % 8 * 2, high);
     }
@@ -230,16 +252,12 @@ struct Attention {
   }
 
   __device__ void rotate_one_by_one(int segment) {
-    for (int i = threadIdx.x; i < S::ROWS * (D / 2); i += S::THREADS) {
+    for (int i = threadIdx.x; i < item.row_count * (D / 2); i += S::THREADS) {
       const int r = i / (D / 2), d = i % (D / 2) * 2;
-      uint32_t pair = 0;
-      if (r < item.row_count) {
-        const Row row = rows[r];
-        const Element* from = query_row(row);
-        pair = T::pack(rotated_query<T>(params, header, from, row, segment, d),
-                       rotated_query<T>(params, header, from, row, segment, d + 1));
-      }
-      store_shared(queries + S::place(r, d / 8) + d % 8 * 2, pair);
+      const QueryRow<Element> row = rows[r];
+      store_shared(queries + S::place(r, d / 8) + d % 8 * 2,
+                   T::pack(rotated_query<T>(params, header, row, segment, d),
+                           rotated_query<T>(params, header, row, segment, d + 1)));
     }
   }
 
@@ -262,34 +280,25 @@ struct Attention {
   static constexpr int COLUMNS = S::PERIOD;
   static constexpr int ROWS_AT_ONCE = S::THREADS / COLUMNS;
 
-  // The tiles of a visit, counted from its first, and where they lie.
+  // The tiles of a piece, and where they lie.
   struct Source {
-    KeyRange keys;
+    const Piece* piece;
     int end;  // tiles before it are wanted
     int whole_end;  // tiles before it are wanted and whole pages
     int paged_end;  // tiles before it are wanted and pages
-    const char* key;  // page 0, this thread's first chunk
-    const char* value;
-    int32_t page_bytes;  // from one page of all heads to the next
-    const int32_t* pages;  // of the visit's tiles
+    const int32_t* pages;  // of the piece's tiles
     int32_t page[3];  // of tiles t + 1, t + 2, t + 3 while tile t is attended
   };
 
-  __device__ __forceinline__ Source start(const KeyRange& keys, const Reach& reach) const {
-    Source s{keys, reach.last_tile + 1, 0, 0, nullptr, nullptr, 0, nullptr, {0, 0, 0}};
+  __device__ __forceinline__ Source start(const Piece* place, const Piece& piece) const {
+    Source s{place, piece.end_tile, 0, 0, nullptr, {0, 0, 0}};
     if (params.key_pages) {
-      s.whole_end = min((keys.end - keys.begin) / TILE, s.end);
+      s.whole_end = min((piece.end - piece.begin) / TILE, s.end);
       s.paged_end = s.end;
-      s.page_bytes = kept(params.kv_heads * (S::TILE_BYTES));
-      const int64_t first =
-          head * S::TILE_BYTES + threadIdx.x / COLUMNS * S::ROW_BYTES + threadIdx.x % COLUMNS * 16;
-      s.key = kept(static_cast<const char*>(params.key_pages) + first);
-      s.value = kept(static_cast<const char*>(params.value_pages) + first);
-      s.pages = kept(header.array<int32_t>(header.tile_pages) + keys.tile);
+      s.pages = kept(header.array<int32_t>(header.tile_pages) + piece.tile);
       // As if tile first_tile - 1 were attended.
 #pragma unroll
-      for (int i = 0; i < 3; ++i)
-        if (reach.first_tile + i < s.end) s.page[i] = __ldg(s.pages + reach.first_tile + i);
+      for (int i = 0; i < 3; ++i) s.page[i] = __ldg(s.pages + min(piece.first_tile + i, s.end - 1));
     }
     return s;
   }
@@ -308,7 +317,7 @@ struct Attention {
                                             uint32_t slot) const {
     const uint32_t to = copy_place + slot;
     if (tile < s.whole_end) {
-      const char* from = advance(VALUES ? s.value : s.key, page, s.page_bytes);
+      const char* from = advance(VALUES ? value_pages : key_pages, page, page_bytes);
 #pragma unroll
       for (int r = 0; r < TILE; r += ROWS_AT_ONCE)
 #pragma unroll
@@ -324,7 +333,8 @@ struct Attention {
   __device__ __forceinline__ void load_rows_of_tile(const Source& s, int tile, int32_t page,
                                                     bool values, uint32_t to) const {
     const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-    const int present = s.keys.end - s.keys.begin - tile * TILE;
+    const Piece& piece = *s.piece;
+    const int present = piece.end - piece.begin - tile * TILE;
     const Element* base;
     int64_t stride;
     if (params.key_pages) {
@@ -332,10 +342,10 @@ struct Attention {
              (int64_t(page) * params.kv_heads + head) * (TILE * D);
       stride = D;
     } else {
-      const SegmentRows& segment = header.array<SegmentRows>(header.segments)[s.keys.segment];
+      const SegmentRows& segment = header.array<SegmentRows>(header.segments)[piece.segment];
       stride = values ? segment.value_token_stride : segment.key_token_stride;
       base = static_cast<const Element*>(values ? segment.values : segment.keys) +
-             (s.keys.begin + tile * TILE) * stride +
+             (piece.begin + tile * TILE) * stride +
              head * (values ? segment.value_head_stride : segment.key_head_stride);
     }
     const bool wide = ((reinterpret_cast<uintptr_t>(base) | (stride * 2)) & 15) == 0;
@@ -543,27 +553,24 @@ struct Attention {
       }
   }
 
-  // ---- a visit ------------------------------------------------------------------------------
+  // ---- a pass -------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void attend(const KeyRange keys) {
-    const float scale = params.power_scale;
-    const Reach reach = find_reach<S::ROWS>(header, rows, item.row_count, keys, limits);
-    const int first = reach.first_tile;
-    Source source = start(keys, reach);
-    load_tile<false>(source, first, source.page[0], 0);
-    if constexpr (RING > 2) load_tile<true>(source, first, source.page[0], S::TILE_BYTES);
-    if constexpr (RING > 3) load_tile<false>(source, first + 1, source.page[1], 2 * S::TILE_BYTES);
-    if (keys.segment != segment) {
-      enter_segment(segment = keys.segment);
-      __syncthreads();
-      hold_queries();
-    }
+  __device__ __forceinline__ void attend(const Pass& pass) {
+    start_pass();
+    const Piece* pieces = header.array<Piece>(header.pieces);
+    for (int p = pass.piece_begin; p < pass.piece_end; ++p) attend_piece(pieces + p);
+    share_sums(pass);
+  }
+
+  __device__ __forceinline__ void start_pass() {
+    // Finite for any scale: a masked score is -inf, and becomes 0 and not nan.
+    const float lowest = fminf(LOWEST * -params.power_scale, FLT_MAX);
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile) {
       row_max[tile] = BFloat16::pack(LOWEST, LOWEST);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        bias[tile][half] = LOWEST * -scale;
+        bias[tile][half] = lowest;
         row_sum[tile][half] = 0.f;
       }
 #pragma unroll
@@ -571,13 +578,29 @@ struct Attention {
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[tile][n][e] = 0.f;
     }
+  }
 
-    // Tiles of which all rows that see any of the visit see every key.
-    const int whole_first = (reach.inner_low - keys.begin + TILE - 1) / TILE;
-    const int whole_last = (reach.inner_high - keys.begin + 1) / TILE - 1;
+  // Goes on with the pass's maxima, sums and outputs.
+  __device__ __forceinline__ void attend_piece(const Piece* place) {
+    const Piece piece = *place;
+    const float scale = params.power_scale;
+    const int first = piece.first_tile;
+    __syncthreads();  // ring, queries and limits are free
+    Source source = start(place, piece);
+    load_tile<false>(source, first, source.page[0], 0);
+    if constexpr (RING > 2) load_tile<true>(source, first, source.page[0], S::TILE_BYTES);
+    if constexpr (RING > 3) load_tile<false>(source, first + 1, source.page[1], 2 * S::TILE_BYTES);
+    if (first < piece.whole_begin || piece.whole_end < piece.end_tile)
+      find_limits<S::ROWS>(header, rows, item.row_count, piece, limits);
+    if (piece.segment != segment) {
+      enter_segment(segment = piece.segment);
+      __syncthreads();
+      hold_queries();
+    }
+
     uint32_t slot = 0;  // of the keys
     for (int t = first; t < source.end; ++t) {
-      const bool whole = t >= whole_first && t <= whole_last;
+      const bool whole = t >= piece.whole_begin && t < piece.whole_end;
       const uint32_t values = after(slot);
       const int32_t page = source.page[0];
       next_pages(source, t);
@@ -586,7 +609,7 @@ struct Attention {
       if constexpr (RING == 3) load_tile<false>(source, t + 1, source.page[0], before(slot));
       if constexpr (RING == 2) load_tile<true>(source, t, page, before(slot));
       compute_scores(slot);
-      if (!whole) mask_scores(keys.begin + t * TILE);
+      if (!whole) mask_scores(piece.begin + t * TILE);
       share_maxima();
       __syncthreads();
       raise_maxima(scale);
@@ -598,11 +621,10 @@ struct Attention {
       if (whole)
         accumulate(values);
       else
-        accumulate_for_some(values, keys.begin + t * TILE);
+        accumulate_for_some(values, piece.begin + t * TILE);
       slot = next(slot);
     }
     wait_copies<0>();
-    share_sums();
   }
 
   // Places in the ring, in bytes: of the values behind a tile's keys, of the keys behind those
@@ -621,7 +643,7 @@ struct Attention {
   }
 
   // Leaves the rows' sums in row_sum of every thread that has the row, and 0 where nothing is seen.
-  __device__ void share_sums() {
+  __device__ void share_sums(const Pass& pass) {
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
@@ -632,13 +654,15 @@ struct Attention {
         if (lane % 4 == 0) reinterpret_cast<float*>(&sums[row_of(tile, half)])[quarter] = sum;
       }
     __syncthreads();
+    const uint32_t seen_by = pass.seen_by[first_row / 32] >> lane / 4;
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_of(tile, half);
         const float4 part = sums[row];
-        row_sum[tile][half] = limits[row].any() ? ((part.x + part.y) + part.z) + part.w : 0.f;
+        const bool seen = seen_by & 1u << (tile * 16 + half * 8);
+        row_sum[tile][half] = seen ? ((part.x + part.y) + part.z) + part.w : 0.f;
         bias[tile][half] = T::PROBABILITY_BIAS - bias[tile][half];  // the maximum in powers of two
       }
   }
@@ -670,9 +694,9 @@ struct Attention {
       }
   }
 
-  // Folds the visit's result into what the visits before it left in the item's slot: the maxima
-  // and sums stay in registers, the outputs come from there, each to the thread that stored it.
-  __device__ void fold_visit() {
+  // Folds the pass's result into what the passes before it left in the item's slot: the maxima and
+  // sums stay in registers, the outputs come from there, each to the thread that stored it.
+  __device__ void fold_pass() {
     const Slots slots = slots_of<D>(params, head);
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
@@ -700,7 +724,7 @@ struct Attention {
       for (int half = 0; half < 2; ++half) {
         const int r = row_of(tile, half);
         if (r >= item.row_count) continue;
-        const Row row = rows[r];
+        const Row row = header.array<Row>(header.rows)[item.row_begin + r];
         const int query_head = head * params.group + row.head;
         const float sum = folded_sum[tile][half];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
@@ -724,7 +748,6 @@ struct Attention {
 
   __device__ void run() {
     load_rows();
-    __syncthreads();
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
@@ -732,17 +755,16 @@ struct Attention {
         folded_max[tile][half] = -INFINITE;
         folded_sum[tile][half] = 0.f;
       }
-    const KeyRange* visits = header.array<KeyRange>(header.visits);
-    for (int v = item.visit_begin; v < item.visit_end; ++v) {
-      attend(visits[v]);
+    const Pass* passes = header.array<Pass>(header.passes);
+    for (int i = item.pass_begin; i < item.pass_end; ++i) {
+      attend(passes[i]);
       if (item.what == STORES) {
-        store(item.slot_row + (v - item.visit_begin) * item.row_count, bias, row_sum);
+        store(item.slot_row + (i - item.pass_begin) * item.row_count, bias, row_sum);
       } else {
-        fold_visit();
-        if (item.what == FOLDS || v + 1 < item.visit_end)
+        fold_pass();
+        if (item.what == FOLDS || i + 1 < item.pass_end)
           store(item.slot_row, folded_max, folded_sum);
       }
-      __syncthreads();  // queries, limits and sums are free again
     }
     if (item.what == WRITES_OUTPUT) write_output();
   }

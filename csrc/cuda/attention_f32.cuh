@@ -12,6 +12,7 @@ template <int D>
 struct ShapeF32 {
   static constexpr int ROWS = 16;
   static constexpr int THREADS = 128;
+  static constexpr int BLOCKS = D > 128 ? 1 : 2;  // a multiprocessor; unasked, ptxas spills for 4
   static constexpr int STRIDE = D + 4;  // floats of a row in shared memory: a shift of 4 banks each
   static constexpr int FOURS = D / 4;
   // Accumulating: a thread has four dimensions of every ROW_SETS-th row.
@@ -22,7 +23,7 @@ struct ShapeF32 {
   static constexpr int PROBABILITY_STRIDE = TILE + 4;
   static constexpr int shared_bytes() {
     return 4 * (TILE * STRIDE + ROWS * STRIDE + ROWS * PROBABILITY_STRIDE) +
-           ROWS * (int(sizeof(Row)) + int(sizeof(Limits)) + 4 * int(sizeof(float)));
+           ROWS * (int(sizeof(QueryRow<float>)) + int(sizeof(Limits)) + 4 * int(sizeof(float)));
   }
 };
 
@@ -39,7 +40,7 @@ struct AttentionF32 {
   float* const tile;  // [TILE, STRIDE]
   float* const queries;  // [ROWS, STRIDE]
   float* const probabilities;  // [ROWS, PROBABILITY_STRIDE]
-  Row* const rows;
+  QueryRow<float>* const rows;
   Limits* const limits;
   float* const halves;  // [ROWS, 2]: maxima, then sums, of 32 keys each
   float* const shrinks;  // [ROWS]
@@ -48,7 +49,7 @@ struct AttentionF32 {
 
   float out[S::OUT_ROWS][4];
   float row_max[S::SCORE_ROWS], row_sum[S::SCORE_ROWS];  // of rows 2 i + warp / 2
-  float visit_max[S::OUT_ROWS], visit_sum[S::OUT_ROWS];  // of the rows of `out`
+  float pass_max[S::OUT_ROWS], pass_sum[S::OUT_ROWS];  // of the rows of `out`
   float folded_max[S::OUT_ROWS], folded_sum[S::OUT_ROWS];
 
   __device__ AttentionF32(const AttendParams& p, const Item& item, int head, float* shared)
@@ -61,7 +62,7 @@ struct AttentionF32 {
         tile(shared),
         queries(tile + TILE * S::STRIDE),
         probabilities(queries + S::ROWS * S::STRIDE),
-        rows(reinterpret_cast<Row*>(probabilities + S::ROWS * S::PROBABILITY_STRIDE)),
+        rows(reinterpret_cast<QueryRow<float>*>(probabilities + S::ROWS * S::PROBABILITY_STRIDE)),
         limits(reinterpret_cast<Limits*>(rows + S::ROWS)),
         halves(reinterpret_cast<float*>(limits + S::ROWS)),
         shrinks(halves + 2 * S::ROWS),
@@ -71,32 +72,27 @@ struct AttentionF32 {
     for (int i = threadIdx.x; i < S::ROWS * D; i += S::THREADS) {
       const int r = i / D, d = i % D;
       float x = 0.f;
-      if (r < item.row_count) {
-        const Row row = rows[r];
-        const float* from = static_cast<const float*>(params.query.data) +
-                            row_offset(params.query, row, head * params.group + row.head);
-        x = rotated_query<Float32>(params, header, from, row, segment, d);
-      }
+      if (r < item.row_count) x = rotated_query<Float32>(params, header, rows[r], segment, d);
       queries[r * S::STRIDE + d] = x;
     }
   }
 
-  __device__ void load_tile(const KeyRange& keys, int t, bool values) const {
+  __device__ void load_tile(const Piece& piece, int t, bool values) const {
     const float* base;
     int64_t stride;
     if (params.key_pages) {
-      const int64_t page = header.array<int32_t>(header.tile_pages)[keys.tile + t];
+      const int64_t page = header.array<int32_t>(header.tile_pages)[piece.tile + t];
       base = static_cast<const float*>(values ? params.value_pages : params.key_pages) +
              (page * params.kv_heads + head) * (TILE * D);
       stride = D;
     } else {
-      const SegmentRows& rows = header.array<SegmentRows>(header.segments)[keys.segment];
+      const SegmentRows& rows = header.array<SegmentRows>(header.segments)[piece.segment];
       stride = values ? rows.value_token_stride : rows.key_token_stride;
       base = static_cast<const float*>(values ? rows.values : rows.keys) +
-             (keys.begin + t * TILE) * stride +
+             (piece.begin + t * TILE) * stride +
              head * (values ? rows.value_head_stride : rows.key_head_stride);
     }
-    const int present = keys.end - keys.begin - t * TILE;
+    const int present = piece.end - piece.begin - t * TILE;
     const bool wide = ((reinterpret_cast<uintptr_t>(base) | (stride * 4)) & 15) == 0;
     for (int i = threadIdx.x; i < TILE * S::FOURS; i += S::THREADS) {
       const int r = i / S::FOURS, d = i % S::FOURS * 4;
@@ -199,12 +195,7 @@ struct AttentionF32 {
     }
   }
 
-  __device__ void attend(const KeyRange& keys) {
-    const Reach reach = find_reach<S::ROWS>(header, rows, item.row_count, keys, limits);
-    if (keys.segment != segment) {
-      segment = keys.segment;
-      enter_segment();
-    }
+  __device__ __forceinline__ void attend(const Pass& pass) {
 #pragma unroll
     for (int i = 0; i < S::OUT_ROWS; ++i)
 #pragma unroll
@@ -214,20 +205,30 @@ struct AttentionF32 {
       row_max[i] = -INFINITE;
       row_sum[i] = 0.f;
     }
-    for (int t = reach.first_tile; t <= reach.last_tile; ++t) {
-      const int key = keys.begin + t * TILE;
+    const Piece* pieces = header.array<Piece>(header.pieces);
+    for (int p = pass.piece_begin; p < pass.piece_end; ++p) attend_piece(pieces[p]);
+    share_sums(pass);
+  }
+
+  __device__ __forceinline__ void attend_piece(const Piece& piece) {
+    find_limits<S::ROWS>(header, rows, item.row_count, piece, limits);
+    if (piece.segment != segment) {
+      segment = piece.segment;
+      enter_segment();
+    }
+    for (int t = piece.first_tile; t < piece.end_tile; ++t) {
+      const int key = piece.begin + t * TILE;
       float score[S::SCORE_ROWS];
-      load_tile(keys, t, false);
+      load_tile(piece, t, false);
       compute_scores(score, key);
       compute_probabilities(score);
-      load_tile(keys, t, true);
+      load_tile(piece, t, true);
       accumulate(key);
       __syncthreads();
     }
-    share_sums();
   }
 
-  __device__ void share_sums() {
+  __device__ void share_sums(const Pass& pass) {
     const float scale = params.power_scale;
     __syncthreads();
 #pragma unroll
@@ -244,8 +245,8 @@ struct AttentionF32 {
 #pragma unroll
     for (int i = 0; i < S::OUT_ROWS; ++i) {
       const int row = out_row(i);
-      visit_max[i] = totals[row];
-      visit_sum[i] = limits[row].any() ? halves[row * 2] + halves[row * 2 + 1] : 0.f;
+      pass_max[i] = totals[row];
+      pass_sum[i] = pass.seen_by[0] >> row & 1 ? halves[row * 2] + halves[row * 2 + 1] : 0.f;
     }
   }
 
@@ -263,13 +264,13 @@ struct AttentionF32 {
     }
   }
 
-  __device__ void fold_visit() {
+  __device__ void fold_pass() {
     const Slots slots = slots_of<D>(params, head);
 #pragma unroll
     for (int i = 0; i < S::OUT_ROWS; ++i) {
       const int row = out_row(i);
       if (!accumulates() || row >= item.row_count) continue;
-      const Weights w = fold(folded_max[i], folded_sum[i], visit_max[i], visit_sum[i]);
+      const Weights w = fold(folded_max[i], folded_sum[i], pass_max[i], pass_sum[i]);
       if (w.how == Fold::Replace || folded_sum[i] == 0.f) continue;
       const float4 before = *reinterpret_cast<const float4*>(
           slots.out + int64_t(item.slot_row + row) * D + dimension());
@@ -285,7 +286,7 @@ struct AttentionF32 {
     for (int i = 0; i < S::OUT_ROWS; ++i) {
       const int r = out_row(i);
       if (!accumulates() || r >= item.row_count) continue;
-      const Row row = rows[r];
+      const Row row = header.array<Row>(header.rows)[item.row_begin + r];
       const int query_head = head * params.group + row.head;
       const float sum = folded_sum[i];
       const float inverse = sum == 0.f ? 0.f : 1.f / sum;
@@ -300,21 +301,22 @@ struct AttentionF32 {
 
   __device__ void run() {
     const Row* from = header.array<Row>(header.rows) + item.row_begin;
-    for (int r = threadIdx.x; r < item.row_count; r += S::THREADS) rows[r] = from[r];
+    for (int r = threadIdx.x; r < item.row_count; r += S::THREADS)
+      rows[r] = query_row<float>(params, from[r], head);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < S::OUT_ROWS; ++i) {
       folded_max[i] = -INFINITE;
       folded_sum[i] = 0.f;
     }
-    const KeyRange* visits = header.array<KeyRange>(header.visits);
-    for (int v = item.visit_begin; v < item.visit_end; ++v) {
-      attend(visits[v]);
+    const Pass* passes = header.array<Pass>(header.passes);
+    for (int i = item.pass_begin; i < item.pass_end; ++i) {
+      attend(passes[i]);
       if (item.what == STORES) {
-        store(item.slot_row + (v - item.visit_begin) * item.row_count, visit_max, visit_sum);
+        store(item.slot_row + (i - item.pass_begin) * item.row_count, pass_max, pass_sum);
       } else {
-        fold_visit();
-        if (item.what == FOLDS || v + 1 < item.visit_end)
+        fold_pass();
+        if (item.what == FOLDS || i + 1 < item.pass_end)
           store(item.slot_row, folded_max, folded_sum);
       }
       __syncthreads();
@@ -324,7 +326,7 @@ struct AttentionF32 {
 };
 
 template <int D>
-__global__ void __launch_bounds__(ShapeF32<D>::THREADS)
+__global__ void __launch_bounds__(ShapeF32<D>::THREADS, ShapeF32<D>::BLOCKS)
     attend_f32_kernel(const __grid_constant__ AttendParams params) {
   extern __shared__ __align__(128) char shared[];
   const Header& header = *params.header;

@@ -3,13 +3,17 @@
 //
 // Work is cut like this, for one KV head (every head has the same items):
 //
-//     visits of a row group, in list order:     v0  v1  v2  v3  v4  v5  v6
-//     items (one block each):                  [ 0:  folds  ][ 1    ][ 2    ]
-//     partial results (slots):                       s0        s1  s2  s3  s4
+//     chunks of the plan, in list order:   |a a a a|a a a|b|c|d d|   of segments a, b, c, d
+//     passes of a row group:                   p0     p1     p2      one partial result each
+//     their pieces:                            a      a    b c d     short neighbours share a pass
+//     items (one block each):              [   0: folds  ][  1  ]
+//     partial results (slots):                     s0        s1
 //
-// The first item folds its visits, the others store each visit's result; the merge folds all of it
-// from left to right. A row's result is the same left fold wherever the cuts are. A group that has
-// one item only writes its output itself.
+// The first item folds its passes, the others store the result of each pass; the merge folds all of
+// it from left to right. The result of a row is the same left fold wherever items are cut. A group
+// that has one item only writes its output itself. Which chunks share a pass is a function of Hkv
+// and of the lengths of the segments alone; a pass has only those pieces that some row of the group
+// sees.
 
 #pragma once
 
@@ -18,25 +22,25 @@
 namespace hogwild::cuda {
 
 struct Header {
-  int32_t num_items;     // of one KV head
+  int32_t num_items;  // of one KV head
   int32_t num_merges;
   int32_t num_segments;  // S
-  int32_t num_tokens;    // T
-  int32_t half_rotary;   // R / 2
-  int32_t slot_rows;     // rows of all slots of one KV head
-  int64_t window;        // a key is seen while p - l < window
-  int32_t items;         // Item [num_items]
-  int32_t merges;        // Merge [num_merges]
-  int32_t rows;          // Row [rows of all groups, then those of padding]
-  int32_t visits;        // KeyRange [visits]
-  int32_t offsets;       // int32 [W, S]
-  int32_t tile_pages;    // int32 [tiles], for pages
-  int32_t segments;      // SegmentRows [S], for plain tensors
-  int32_t slots;         // int32 [T]: page * TILE + row of each new token
-  int32_t offset_angles; // float [W, S, 2, R/2]
+  int32_t num_tokens;  // T
+  int32_t half_rotary;  // R / 2
+  int32_t slot_rows;  // rows of all slots of one KV head
+  int64_t window;  // a key is seen while p - l < window
+  int32_t items;  // Item [num_items]
+  int32_t merges;  // Merge [num_merges]
+  int32_t rows;  // Row [rows of all groups, then those of padding]
+  int32_t passes;  // Pass [passes]
+  int32_t pieces;  // Piece [pieces]
+  int32_t offsets;  // int32 [W, S]
+  int32_t tile_pages;  // int32 [tiles], for pages
+  int32_t segments;  // SegmentRows [S], for plain tensors
+  int32_t slots;  // int32 [T]: page * TILE + row of each new token
+  int32_t offset_angles;  // float [W, S, 2, R/2]
   int32_t token_angles;  // float [Q, 2, R/2]
-  int32_t key_angles;    // float [T, 2, R/2]
-  int32_t reserved;
+  int32_t key_angles;  // float [T, 2, R/2]
 
 #ifdef __CUDACC__
   template <class T>
@@ -48,14 +52,14 @@ struct Header {
 
 enum : int32_t {
   WRITES_OUTPUT = 0,  // the item is all there is to its rows
-  FOLDS = 1,          // first of several: its visits folded into one slot
-  STORES = 2,         // a slot for each visit
+  FOLDS = 1,  // first of several: its passes folded into one slot
+  STORES = 2,  // a slot for each pass
 };
 
 struct Item {
-  int32_t visit_begin, visit_end;
+  int32_t pass_begin, pass_end;
   int32_t row_begin, row_count;  // in Header::rows
-  int32_t slot_row;              // where its slots begin, in rows; a slot has row_count of them
+  int32_t slot_row;  // where its slots begin, in rows; a slot has row_count of them
   int32_t what;
   int32_t worker_tokens;  // most tokens that a worker of these rows brings: 1 needs no angle sums
   int32_t reserved;
@@ -73,11 +77,21 @@ struct Row {
   int32_t head;
 };
 
-// Keys [begin, end) of a segment, begin at a tile's first key.
-struct KeyRange {
+// A row group's pass over some keys, for one partial result.
+struct alignas(16) Pass {
+  int32_t piece_begin, piece_end;
+  uint32_t seen_by[2];  // bit r: row r of the group sees a key of it
+};
+
+// Keys [begin, end) of a segment, begin at a tile's first key. Tiles are counted from there: those
+// before first_tile and from end_tile on are seen by nobody, and of [whole_begin, whole_end) every
+// row that sees anything of the pass sees every key.
+struct alignas(16) Piece {
   int32_t segment;
   int32_t begin, end;
   int32_t tile;  // index of the first one in tile_pages
+  int32_t first_tile, end_tile;
+  int32_t whole_begin, whole_end;
 };
 
 struct MoveHeader {
