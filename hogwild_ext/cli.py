@@ -1,4 +1,4 @@
-"""The command `hogwild`: `hogwild run` and `hogwild info`.
+"""The command `hogwild`: `hogwild run`, `hogwild bench` and `hogwild info`.
 
 The model libraries are imported when a command needs them. What a command produces goes to stdout,
 what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C.
@@ -151,11 +151,64 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="one JSON object a line for each event")
     output.add_argument("--plain", action="store_true", help="lines, also on a terminal")
 
+    _add_bench(commands, common)
+
     info = commands.add_parser(
         "info", parents=[common], help="what this installation can do, and what it lacks"
     )
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
+    from .bench import grid
+    from .bench.roofline import GPUS
+
+    bench = commands.add_parser("bench", help="measure the kernels")
+    kinds = bench.add_subparsers(metavar="WHAT", required=True)
+    attention = kinds.add_parser(
+        "attention",
+        parents=[common],
+        help="one layer's attention, beside other libraries",
+        description="Times one layer's attention on a GPU, beside the libraries that are "
+        "installed: FlashInfer, flash-attention and torch's SDPA. Without a GPU it counts the "
+        "work and prints a roofline model of a GPU's time.",
+        epilog="Every option of the grid takes several values, as in --workers 1 4 --context 4k.",
+    )
+    attention.set_defaults(command=_bench_attention)
+    attention.add_argument(
+        "--device", default="auto", help="auto, cuda or cuda:N; a model if there is no GPU"
+    )
+    attention.add_argument(
+        "--gpu", choices=GPUS, help="model this GPU, whatever is there (default: h100)"
+    )
+    attention.add_argument(
+        "--quick", action="store_true", help="a small part of the grid, done within a minute"
+    )
+    attention.add_argument(
+        "--warm", action="store_true", help="leave the L2 cache as the last call left it"
+    )
+
+    cells = attention.add_argument_group("grid", "by default, all of it in bfloat16")
+    cells.add_argument("--workers", type=_positive, nargs="+", metavar="N")
+    cells.add_argument(
+        "--context", type=_tokens, nargs="+", metavar="N", help="tokens of a view, as in 512 or 4k"
+    )
+    cells.add_argument(
+        "--heads", nargs="+", metavar="HEADS",
+        help=f"{', '.join(grid.MODELS)}, or heads as in 32/8x128",
+    )  # fmt: skip
+    cells.add_argument("--dtype", choices=grid.DTYPES, nargs="+", default=["bfloat16"])
+    cells.add_argument("--step", choices=grid.STEPS, nargs="+")
+    cells.add_argument("--segments", choices=grid.SEGMENTS, nargs="+")
+
+    output = attention.add_argument_group("output").add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each row")
+    output.add_argument("--markdown", action="store_true", help="tables in Markdown")
+
+
+def _tokens(text: str) -> int:
+    return _positive(text[:-1]) * 1024 if text.endswith("k") else _positive(text)
 
 
 def _positive(text: str) -> int:
@@ -191,6 +244,62 @@ def _info(options: argparse.Namespace) -> int:
 
     print(info())
     return 0
+
+
+# ---- hogwild bench -------------------------------------------------------------------------------
+
+
+def _bench_attention(options: argparse.Namespace) -> int:
+    from .bench import attention, grid, report
+
+    try:
+        heads = [grid.heads_from(text) for text in options.heads or ()]
+    except ValueError as error:
+        raise CommandError(f"--heads: {error}") from None
+    full, quick = grid.FULL, grid.QUICK
+    default = quick if options.quick else full
+    cells = grid.cells(
+        heads or default.heads,
+        options.dtype,
+        options.step or default.steps,
+        options.segments or default.segments,
+        options.context or default.contexts,
+        options.workers or default.workers,
+    )
+    bench = _attention_bench(options)
+    shown: report.Report
+    if options.json:
+        shown = report.JsonReport(sys.stdout)
+    elif options.markdown:
+        shown = report.MarkdownReport(sys.stdout)
+    else:
+        _require("rich")
+        shown = report.TerminalReport(sys.stdout)
+    return attention.run(cells, bench, shown)
+
+
+def _attention_bench(options: argparse.Namespace) -> Any:
+    """On a GPU that can be used measurements, else, or with --gpu, a model."""
+    from .bench.attention import Measured, Modelled
+
+    if options.device == "cpu":
+        raise CommandError(
+            "--device: expected auto, cuda or cuda:N, got cpu: the CPU's benchmark is "
+            "bench/decode_attention.py"
+        )
+    asked = "auto" if options.device == "cuda" else options.device
+    device, reason = choose_device(asked)
+    if options.gpu or device == "cpu":
+        reason = "--gpu asks for a model" if options.gpu else reason
+        return Modelled(options.gpu or "h100", reason)
+
+    import torch
+
+    from .bench.timing import CudaTimer
+
+    cuda = torch.device(device)
+    name = torch.cuda.get_device_name(cuda)
+    return Measured(cuda, name, CudaTimer(cuda, cold=not options.warm), cold=not options.warm)
 
 
 # ---- hogwild run ---------------------------------------------------------------------------------
