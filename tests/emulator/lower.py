@@ -18,9 +18,12 @@ WIDTHS = {"b8": 1, "b16": 2, "f16": 2, "u16": 2, "s16": 2}
 WIDTHS |= dict.fromkeys(("b32", "u32", "s32", "f32"), 4)
 WIDTHS |= dict.fromkeys(("b64", "u64", "s64", "f64"), 8)
 PREDICATE = 0
+OPERAND_WIDTHS = {**WIDTHS, "pred": PREDICATE, "bf16": 2, "bf16x2": 4, "f16x2": 4}
+MEMORY_WIDTHS = {**WIDTHS, "u8": 1, "s8": 1}
 REGISTER_BYTES = {PREDICATE: 8, 1: LANES, 2: 2 * LANES, 4: 4 * LANES, 8: (8 + 2) * LANES}
 SPECIALS = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid")
-MODULE_DIRECTIVES = re.compile(r"\.(version|target|file)\s.*|\.address_size\s+64")
+# What stands beside the kernels; of these, the word before ".entry" may be left.
+MODULE_DIRECTIVES = re.compile(r"\.(version|target|file)\s.*|\.address_size\s+64|\.visible|\.weak")
 KERNEL_DIRECTIVES = re.compile(r"\.(maxntid|minnctapersm)\s+\d+(?:,\s*\d+)*")
 SHARED_VARIABLE = re.compile(
     r"(\.extern\s+|\.visible\s+|\.weak\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\];?"
@@ -67,26 +70,26 @@ def parse(text: str) -> Module:
     """The kernels of a PTX module."""
     found = re.findall(r'^\s*\.file\s+(\d+)\s+"(.*?)"', text, re.M)
     files = {int(number): path for number, path in found}
-    kernels = {}
-    pattern = re.compile(
-        r"^[ \t]*(?:\.visible\s+|\.weak\s+)?\.entry\s+(\S+?)\s*\((.*?)\)(.*?)^\{(.*?)^\}",
-        re.S | re.M,
-    )
+    kernels: dict[str, Kernel] = {}
+    rest, end = "", 0  # what is not a kernel, with its lines where they were
+    pattern = re.compile(r"\.entry\s+(\S+?)\s*\((.*?)\)(.*?)^\{(.*?)^\}", re.S | re.M)
     for entry in pattern.finditer(text):
         name, params, directives, body = entry.groups()
         line = text.count("\n", 0, entry.start()) + 1
         kernel = Kernel(name, _params(params, line), _max_threads(directives, line))
         kernel.body = _statements(body, text.count("\n", 0, entry.start(4)) + 1)
         kernels[name] = kernel
+        rest += text[end : entry.start()] + "\n" * entry[0].count("\n")
+        end = entry.end()
     if not kernels:
         raise PtxError("no kernel in this PTX")
 
-    def blank(match: re.Match[str]) -> str:
-        return "\n" * match[0].count("\n")
-
-    rest = pattern.sub(blank, text)
-    rest = re.sub(r"^\s*\.section\s.*?^\s*\}", blank, rest, flags=re.S | re.M)
+    rest = re.sub(r"\.section\s.*?^\s*\}", _line_ends, rest + text[end:], flags=re.S | re.M)
     return Module(kernels, files, _module_variables(rest))
+
+
+def _line_ends(match: re.Match[str]) -> str:
+    return "\n" * match[0].count("\n")
 
 
 def _module_variables(text: str) -> list[SharedVariable]:
@@ -274,12 +277,11 @@ class Lowering:
 
     def _find_register(self, name: str) -> tuple[int, int] | None:
         """Offset and width; of the innermost scope that has it."""
-        numbered = re.fullmatch(r"(%[a-z]+)(\d+)", name)
         for scope in reversed(self._scopes):
             if name in scope.names:
                 return scope.names[name]
-            if numbered and numbered[1] in scope.ranges:
-                width, count = scope.ranges[numbered[1]]
+            if scope.ranges and (numbered := re.fullmatch(r"(%[a-z]+)(\d+)", name)):
+                width, count = scope.ranges.get(numbered[1], (0, 0))
                 if int(numbered[2]) < count:
                     scope.names[name] = self._allocate(width), width
                     return scope.names[name]
@@ -292,9 +294,13 @@ class Lowering:
         found = self._find_register(name)
         if not found:
             raise self._error(statement, f"unknown register {name}")
-        if width is not None and found[1] != width:
-            raise self._error(statement, f"{name} has {found[1]} bytes, not {width}")
+        if width is not None:
+            self._check_width(statement, name, found[1], width)
         return found
+
+    def _check_width(self, statement: Statement, name: str, found: int, width: int) -> None:
+        if found != width:
+            raise self._error(statement, f"{name} has {found} bytes, not {width}")
 
     def _constant(self, width: int, value: int) -> int:
         key = (width, value & ((1 << (8 * width)) - 1) if width else int(bool(value)))
@@ -304,11 +310,11 @@ class Lowering:
 
     def _operand(self, statement: Statement, text: str, width: int) -> int:
         """The register that holds a source operand of `width` bytes."""
-        if self._find_register(text):
-            return self._register(statement, text, width)[0]
+        if found := self._find_register(text):
+            self._check_width(statement, text, found[1], width)
+            return found[0]
         if SPECIALS.fullmatch(text):
-            if width != 4:
-                raise self._error(statement, f"{text} has 4 bytes, not {width}")
+            self._check_width(statement, text, 4, width)
             if text not in self._specials:
                 self._specials[text] = self._allocate(4)
             return self._specials[text]
@@ -465,16 +471,15 @@ class Lowering:
     ) -> tuple[list[int], list[int]]:
         """Element by element: one destination, all operands of the type's width."""
         kind, last = parts[0], parts[-1]
-        types = {**WIDTHS, "pred": PREDICATE, "bf16": 2, "bf16x2": 4, "f16x2": 4}
-        if last not in types or len(parts) < 2:
+        if last not in OPERAND_WIDTHS or len(parts) < 2:
             raise self._error(statement, "unknown opcode or type")
-        width = source = types[last]
+        width = source = OPERAND_WIDTHS[last]
         if kind == "setp":
             width = PREDICATE
         elif kind == "cvt":
-            if parts[-2] not in types:
+            if parts[-2] not in OPERAND_WIDTHS:
                 raise self._error(statement, "unknown type")
-            width = types[parts[-2]]
+            width = OPERAND_WIDTHS[parts[-2]]
         elif parts[1] == "wide":
             width = 2 * source
         if len(operands) not in (2, 3, 4, 5):
@@ -508,10 +513,9 @@ class Lowering:
         loads = parts[0] == "ld"
         values, address = operands if loads else operands[::-1]
         names = _vector(values) if values.startswith("{") else [values]
-        types = {**WIDTHS, "u8": 1, "s8": 1}
-        if parts[-1] not in types:
+        if parts[-1] not in MEMORY_WIDTHS:
             raise self._error(statement, "unknown type")
-        width = types[parts[-1]]
+        width = MEMORY_WIDTHS[parts[-1]]
         space = next((x for x in ("shared", "param", "global") if x in parts), "generic")
         base, base_width, added = self._address(statement, address, space)
         self._check_param(statement, address, added, width * len(names))
