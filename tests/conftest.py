@@ -89,6 +89,7 @@ OF_A_BACKEND = {
     "test_emulated_graphs",
     "test_emulated_launches",
     "test_emulated_layouts",
+    "test_kernel_details",
     "test_op_bits",
     "test_op_nonfinite",
     "test_op_oracle",

@@ -1,0 +1,121 @@
+"""What only some shapes of a call bring to light: found by planting faults, see faults.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hogwild_ext as hx
+from compare import assert_lse_matches, assert_out_matches, assert_same_bits
+from conftest import EMULATED
+from hogwild_ext import _C
+from hogwild_ext._reference import reference_attention
+from op_cases import TILE, inverse_frequencies, laid_out, random_case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_same_bits_where_a_block_folds_several_partial_results(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """So many rows and heads fill a GPU without a block for every partial result: three of them,
+    two blocks. A token alone leaves each to a block of its own."""
+    rows_of_a_block = 16 if dtype == torch.float32 else 64
+    kv_heads, group, blocks = 88, 8, 6
+    tokens = rows_of_a_block * blocks // group
+    case = random_case(
+        generator, dtype, [[0, 1, 2]], [100, 64, 70], [tokens],
+        kv_heads=kv_heads, group=group, rotary_dim=0,
+    )  # fmt: skip
+    out, lse = case.run()
+    for token in (0, tokens - 1):  # without a rotation it may as well be a first token
+        alone = replace(
+            case,
+            query=case.query[:, token : token + 1],
+            offsets=[[offset + token for offset in case.offsets[0]]],
+            options={**case.options, "query_lengths": None},
+        )
+        alone_out, alone_lse = alone.run()
+        assert_same_bits(out[:, token : token + 1], alone_out, "out")
+        assert_same_bits(lse[:, token : token + 1], alone_lse, "lse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rotation_does_not_depend_on_how_the_query_lies(
+    tokens: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Queries at multiples of 8 bytes are rotated by code of their own. Rounding hides another
+    order of operations in most elements, but not in all of so many."""
+    case = random_case(
+        generator, dtype, [[0], [0]], [40], [tokens, tokens], kv_heads=16, group=8, dim=128
+    )
+    (out, lse), (again, lse_again) = (
+        replace(case, query=laid_out(case.query, how)).run() for how in ("dense", "misaligned")
+    )
+    assert_same_bits(again, out, "out")
+    assert_same_bits(lse_again, lse, "lse")
+
+
+# A pass is 2 tiles long until a GPU is full; with so many KV heads there is one pass.
+KV_HEADS = 264
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "group"),
+    [
+        (torch.float32, 64, 1),
+        (torch.float16, 64, 1),  # the tensor-core kernel with a ring of 4 places,
+        (torch.bfloat16, 256, 1),  # 3,
+        (torch.float16, 256, 16),  # and 2
+    ],
+)
+def test_more_tiles_than_places_in_the_ring(
+    dtype: torch.dtype, dim: int, group: int, generator: torch.Generator
+) -> None:
+    case = random_case(
+        generator,
+        dtype,
+        [[0], [0]],
+        [5 * TILE + 7],
+        [1, 1],
+        kv_heads=KV_HEADS,
+        group=group,
+        dim=dim,
+    )
+    case = replace(case, offsets=[[5 * TILE + 6], [2 * TILE + 5]])
+    (out, lse), (expected, expected_lse) = case.run(), case.reference()
+    assert_out_matches(out, expected)
+    assert_lse_matches(lse, expected_lse, dtype)
+
+
+def test_more_pages_than_are_known_ahead(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of two segments in turns, against the same keys as plain tensors."""
+    dim = 64
+    inv_freq = inverse_frequencies(dim)
+    cache = hx.SegmentCache(
+        1, KV_HEADS, dim, inv_freq=inv_freq, max_tokens=16 * TILE, dtype=torch.float16
+    )
+
+    def attend(view: list[hx.Segment], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = torch.randn(3, tokens, KV_HEADS, dim, generator=generator).half()
+        with cache.step([view], [tokens]) as step:
+            return query, step.attend(0, query, key, value)
+
+    a, b = cache.segment("a"), cache.segment("b")
+    with monkeypatch.context() as patched:
+        if EMULATED:  # stores only: attention among all tokens would take long
+            patched.setattr(_C.cuda, "attend", lambda *_: None)
+        for segment, tokens in ((a, TILE), (b, TILE), (a, TILE), (b, 2 * TILE), (b, TILE + 62)):
+            attend([segment], tokens)
+    query, out = attend([a, b], 1)
+    expected, _ = reference_attention(
+        query[None], [a.keys(0), b.keys(0)], [a.values(0), b.values(0)],
+        hx.view_offsets([[0, 1]], [len(a), len(b)], [1]), inv_freq=inv_freq,
+    )  # fmt: skip
+    assert_out_matches(out, expected[0])
