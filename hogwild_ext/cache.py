@@ -58,7 +58,7 @@ class CacheStats:
     steps: int = 0  # that ended well
     appended_tokens: int = 0
     committed_tokens: int = 0
-    attention_seconds: float = 0.0  # inside Step.attend: storing and attending, all layers
+    attention_seconds: float = 0.0  # inside Step.attend, all layers; on a GPU launching only
 
 
 class Segment:

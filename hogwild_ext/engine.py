@@ -733,6 +733,8 @@ class Run:
             logits = forward(
                 team.model, cache, [row.view for row in rows], [row.tokens for row in rows]
             )
+            if cache.device.type == "cuda":  # or the sampler would wait, and be charged with it
+                torch.cuda.current_stream(cache.device).synchronize()
             forwarded = clock()
             self._steps += 1
             events = self._commit()

@@ -228,7 +228,7 @@ def forward(
     keep: int | Tensor = 0  # all of them
     if logits == "last":
         ends = [end - 1 for end in itertools.accumulate(query_lengths)]
-        keep = torch.tensor(ends, device=input_ids.device)
+        keep = _on_device(ends, input_ids.device)
     try:
         with torch.inference_mode(), step, _in_charge(inner, step, cache.dtype):
             output = _eager_call(inner)(
@@ -348,6 +348,9 @@ def _check_cache(model: PreTrainedModel, cache: Any) -> None:
         expected, got = getattr(shape, name), getattr(cache, name)
         if got != expected:
             raise ValueError(f"cache: expected the model's {name}={expected}, got {got}")
+    weights = next(attention_modules(model)[0].parameters()).device
+    if weights not in (cache.device, torch.device("meta")):  # meta: accelerate has them elsewhere
+        raise ValueError(f"cache: expected the model's device, {weights}, got {cache.device}")
     inv_freq = rotary_module(model).inv_freq
     # Elsewhere than on the CPU, looking at the numbers would wait for the device.
     if inv_freq.device.type == "cpu" and not np.array_equal(inv_freq.float(), cache.inv_freq):
@@ -410,5 +413,13 @@ def _read_tokens(
         )
     if not lists:
         raise ValueError("tokens: expected at least one list of ids, got none")
-    flat = torch.tensor([[token for ids in lists for token in ids]], device=device)
+    flat = _on_device([[token for ids in lists for token in ids]], device)
     return [len(ids) for ids in lists], lists, flat
+
+
+def _on_device(numbers: list[Any], device: torch.device) -> Tensor:
+    """An int64 tensor. The copy to a GPU is not waited for, nor what the GPU does before it."""
+    tensor = torch.tensor(numbers)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -630,6 +630,13 @@ def test_a_cache_that_does_not_fit_the_model(
         run(model, new_cache(model, **{name: value}))
 
 
+def test_a_cache_on_another_device(model: transformers.PreTrainedModel) -> None:
+    cache = new_cache(model)
+    cache.device = torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"^cache: expected the model's device, cpu, got cuda:1"):
+        hx.forward(model, cache, [[cache.segment("a")]], [[1]])
+
+
 def test_not_a_cache(model: transformers.PreTrainedModel) -> None:
     with pytest.raises(TypeError, match=r"^cache: expected a SegmentCache, got dict"):
         hx.forward(model, {}, [[]], [[1]])
