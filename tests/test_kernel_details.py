@@ -12,7 +12,7 @@ from compare import assert_lse_matches, assert_out_matches, assert_same_bits
 from conftest import EMULATED
 from hogwild_ext import _C
 from hogwild_ext._reference import reference_attention
-from op_cases import TILE, inverse_frequencies, laid_out, random_case
+from op_cases import DTYPES, TILE, inverse_frequencies, laid_out, random_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,3 +119,31 @@ def test_more_pages_than_are_known_ahead(
         hx.view_offsets([[0, 1]], [len(a), len(b)], [1]), inv_freq=inv_freq,
     )  # fmt: skip
     assert_out_matches(out, expected[0])
+
+
+@pytest.mark.skipif("EMULATED is None", reason="needs HOGWILD_EMULATE=1; test_emulated.py sets it")
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fewer_blocks_than_work(
+    dtype: torch.dtype, blocks: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captured launch has a fixed grid, and a later step may have more work than blocks."""
+    case = random_case(
+        generator, dtype, [[0, 1, 3], [2, 1], [1, 0, 2]], [300, 129, 64, 5], [2, 30, 0], group=3
+    )
+    out, lse = case.run()
+    attend = _C.cuda.attend
+
+    def with_few_blocks(*arguments: object) -> None:
+        with EMULATED.runtime.capture() as calls:
+            attend(*arguments)
+        assert len(calls) == 2  # attention and merge
+        for call in calls:
+            grid = [min(blocks, size) for size in call.grid]
+            assert grid[0] < call.grid[0]
+            EMULATED.engine.launch(call.name, grid, call.block, call.params, call.shared)
+
+    monkeypatch.setattr(_C.cuda, "attend", with_few_blocks)
+    again, lse_again = case.run()
+    assert_same_bits(again, out, "out")
+    assert_same_bits(lse_again, lse, "lse")
