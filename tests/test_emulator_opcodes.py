@@ -592,7 +592,7 @@ def test_votes(how: str, seed: int) -> None:
             inputs, got = chosen.astype(np.uint32), np.full(32, 77, np.uint32)
             wanted = int(VOTES[how](np.where(some, chosen, how == "all.pred") != 0))
             result = "%p2" if type_ == "pred" else "%r2"
-            body = GUARD + loading("%p1", "pred", 1) + "mad.wide.u32 %d2, %thread, 4, %array2;\n"
+            body = loading("%p1", "pred", 1) + GUARD + "mad.wide.u32 %d2, %thread, 4, %array2;\n"
             body += f"vote.sync.{how} {result}, %p1, %r9;\n" + storing(result, type_, 2) + "OTHERS:"
             assert ptx.run(body, [some, inputs, got]) == []
             np.testing.assert_array_equal(got, np.where(some, np.uint32(wanted), 77))

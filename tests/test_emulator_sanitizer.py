@@ -417,6 +417,12 @@ def test_an_overrun_into_the_next_buffer(way: str, access: str) -> None:
         assert [(f.kind, f.place) for f in found] == wanted
 
 
+def test_a_barrier_that_no_lane_reaches_is_none() -> None:
+    body = "setp.eq.u32 %p1, %thread, 99;\n@%p1 bar.sync 0;"
+    assert ptx.run(body, block=64) == []
+    assert ptx.engine().counters().barriers == 0
+
+
 def test_memory_that_is_forgotten_is_out_of_bounds() -> None:
     array = np.zeros(32, np.uint32)
     body = "ld.global.b32 %r1, [%array0];"
