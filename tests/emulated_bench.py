@@ -35,7 +35,8 @@ def cell(
     return Cell(Heads("", *heads), dtype, step, segments, context, workers)
 
 
-# All shapes of kernel: row tiles 1, 2 and 4; merged and not; one token and several a worker.
+# All shapes of kernel: row tiles 1, 2 and 4; one token and several a worker; items that write the
+# output, that fold several passes first, and that leave it to the merge.
 COUNTED = [
     cell((4, 2, 64), "decode", "few", 700, 2),
     cell((6, 2, 64), "decode", "many", 700, 4),
@@ -45,6 +46,9 @@ COUNTED = [
     cell((3, 1, 96), "decode", "few", 900, 3),
     cell((2, 1, 256), "ragged", "few", 500, 3),
     cell((4, 1, 64), "prefill", "few", 300, 1),
+    cell((4, 2, 128), "decode", "few", 60, 1),
+    cell((176, 88, 64), "prefill", "few", 390, 1),
+    cell((528, 132, 64), "prefill", "few", 260, 1),
 ]
 
 
@@ -60,7 +64,9 @@ def counts() -> None:
         names = ("blocks", "load_sectors", "store_sectors", "mma")
         print(json.dumps({
             "cell": str(case),
+            "context": case.context,
             "row_tiles": work.kernel.row_tiles,
+            "passes_of_an_item": max(item.passes for item in work.items),
             "modelled": {n: sum(getattr(launch, n) for launch in work.launches) for n in names},
             "counted": {n: SESSION.engine.counters().as_dict()[n] for n in names},
             "modelled_blocks": [launch.blocks for launch in work.launches],

@@ -92,7 +92,8 @@ def emulated(*words: str) -> str:
 
 
 def test_the_work_counted_is_the_work_done() -> None:
-    """Blocks and products exactly, stored sectors to 1%, loaded ones to 5%."""
+    """Blocks and products exactly, stored sectors to 1%, loaded ones to 2% where keys and values
+    are most of them, and to 10% in short steps, where small tables weigh in."""
     cases = [json.loads(line) for line in emulated("counts").splitlines()]
     assert {case["row_tiles"] for case in cases} == {1, 2, 4}
     for case in cases:
@@ -101,11 +102,14 @@ def test_the_work_counted_is_the_work_done() -> None:
         assert case["modelled_blocks"] == case["launched_blocks"], case
         assert modelled["blocks"] == counted["blocks"], case
         assert modelled["store_sectors"] == pytest.approx(counted["store_sectors"], rel=0.01), case
-        assert modelled["load_sectors"] == pytest.approx(counted["load_sectors"], rel=0.05), case
+        assert modelled["load_sectors"] == pytest.approx(counted["load_sectors"], rel=0.1), case
         assert case["key_value_sectors"] < counted["load_sectors"], case
-        assert case["modelled_shared"] == case["launched_shared"], case
-    one_item = [case for case in cases if len(case["modelled_blocks"]) == 2]
-    assert len(one_item) < len(cases), "some are merged"
+        assert case["modelled_shared"] == pytest.approx(case["launched_shared"], rel=0.02), case
+        if case["context"] >= 1500:
+            assert modelled["load_sectors"] == pytest.approx(counted["load_sectors"], rel=0.02)
+    assert max(case["context"] for case in cases) >= 1500
+    kinds = {(len(case["launched_blocks"]), case["passes_of_an_item"] > 1) for case in cases}
+    assert kinds == {(2, False), (2, True), (3, False), (3, True)}  # merged or not, folded or not
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
@@ -151,6 +155,19 @@ def test_waves() -> None:
     for processors in (1, 7, blocks):
         gpu = dataclasses.replace(roofline.GPUS["l40s"], multiprocessors=processors)
         assert roofline.estimate(layer, gpu).waves == -(-blocks // (at_once * processors))
+
+
+def test_blocks_of_a_wave_share_what_they_read() -> None:
+    """Two row groups: their blocks load everything twice, from memory it comes once."""
+    cell = changed(SMALL, heads=grid.MODELS["llama-3"], context=2048, workers=32)
+    layer = work.count_layer(cell)
+    assert sum(item.kv_rows for item in layer.items) == 2 * 2048
+    moved = layer.bytes.cache + layer.bytes.operands + layer.bytes.partial
+    everything = dataclasses.replace(roofline.GPUS["h100"], multiprocessors=10**6)
+    assert [wave[1] for wave in roofline._waves(layer, everything)] == [pytest.approx(moved)]
+    one_block = dataclasses.replace(everything, multiprocessors=1, shared_bytes=100 * 1024)
+    again = sum(wave[1] for wave in roofline._waves(layer, one_block))
+    assert again == pytest.approx(moved + layer.bytes.cache)
 
 
 def test_every_kernel_has_its_instructions() -> None:

@@ -88,10 +88,9 @@ class StepAttend:
         out = torch.empty_like(inputs.query)
 
         def run() -> Tensor:
-            step._attended[0] = False  # the same layer again and again
+            step._attended[0] = step._captured[0] = False  # the same layer again and again
             return step.attend(0, inputs.query, key, value, out=out)
 
-        run()  # makes the plan
         return Candidate(run, _stored_bytes(*inputs.keys, *inputs.values), lambda out: out)
 
 

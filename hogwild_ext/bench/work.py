@@ -164,6 +164,7 @@ SMALL_WARPS = 4  # of a block of the append and merge kernels
 # the kernels show: few beside the keys and values. Only these, and where the statistics of partial
 # results begin within a sector, are not exact.
 _BLOCK_LOADS, _PASS_LOADS, _PIECE_LOADS, _TILE_LOADS = 16, 16, 7, 1
+_OUTPUT_LOADS = 6  # for each row that a block writes
 _APPEND_LOADS, _APPEND_ROW_LOADS = 3, 4  # of a warp in any block, and of one with dimensions to do
 _MERGE_LOADS, _MERGE_ROW_LOADS = 5, 6  # of a warp in any block, and in one with a row to do
 
@@ -228,7 +229,7 @@ def count_item(tables: StepTables, kernel: AttentionKernel, item: Any) -> ItemWo
     segments = int(np.count_nonzero(np.diff(pieces["segment"], prepend=-1)))
     loads = 2 * kv_rows * dim * ELEMENT_SIZE // SECTOR + folds
     loads += segments * _query_sectors(rows, dim, int(item["worker_tokens"]))
-    loads += -(-len(rows) * 16 // SECTOR)
+    loads += -(-len(rows) * 16 // SECTOR) + (what == WRITES_OUTPUT) * len(rows) * _OUTPUT_LOADS
     loads += kernel.warps * (
         _BLOCK_LOADS + len(passes) * _PASS_LOADS + len(pieces) * _PIECE_LOADS + tiles * _TILE_LOADS
     )
