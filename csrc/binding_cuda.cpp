@@ -43,7 +43,7 @@ void append(const cuda::Tables& t, Address tables, int dtype, int kv_heads, int 
   cuda::append(args, reinterpret_cast<void*>(stream));
 }
 
-void attend(const cuda::Tables& t, Address tables, int dtype, int num_heads, int kv_heads,
+bool attend(const cuda::Tables& t, Address tables, int dtype, int num_heads, int kv_heads,
             int head_dim, const Strided& query, Address key_pages, Address value_pages,
             const Strided& out, Address lse, int64_t lse_worker_stride, Address workspace,
             float scale, float rope_scale, bool interleaved, float softcap, Address stream) {
@@ -60,7 +60,7 @@ void attend(const cuda::Tables& t, Address tables, int dtype, int num_heads, int
                               num_heads,
                               reinterpret_cast<float*>(workspace)};
   const py::gil_scoped_release release;
-  cuda::attend(args, reinterpret_cast<void*>(stream));
+  return cuda::attend(args, reinterpret_cast<void*>(stream));
 }
 #endif
 

@@ -97,9 +97,6 @@ class Backend(Protocol):
         RuntimeError while a graph is captured.
         """
 
-    def is_capturing(self) -> bool:
-        """Whether launches are being captured into a graph, and not run."""
-
     def replay(self, plan: Any, captured: Any, graph: Any) -> None:
         """Run a graph that was captured with the plan `captured`, as the layers of `plan`.
 
@@ -109,8 +106,11 @@ class Backend(Protocol):
     def attend_layer(
         self, plan: Any, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,
         value: Tensor, out: Tensor, threads: int,
-    ) -> None:  # fmt: skip
-        """Store new keys and values, then attend: [T, H, D] each."""
+    ) -> bool:  # fmt: skip
+        """Store new keys and values, then attend: [T, H, D] each.
+
+        Whether that was done: a CUDA graph may have captured it instead.
+        """
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],

@@ -30,16 +30,13 @@ class CpuBackend:
     def plan_step(self, layers: PagedLayers, layout: PlanInput) -> _C.Plan:
         return layout.plan(_C.ROW_GROUP)
 
-    def is_capturing(self) -> bool:
-        return False
-
     def replay(self, plan: _C.Plan, captured: _C.Plan, graph: Any) -> None:
         raise ValueError(f"graph: expected a CUDA graph of a cache on a GPU, got {graph!r}")
 
     def attend_layer(
         self, plan: _C.Plan, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,
         value: Tensor, out: Tensor, threads: int,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         query_token, query_head, _ = query.stride()
         key_token, key_head, _ = key.stride()
         value_token, value_head, _ = value.stride()
@@ -60,6 +57,7 @@ class CpuBackend:
             (out.data_ptr(), 0, out_token, out_head), 0, scoring.scale, scoring.rope_scale,
             scoring.interleaved, scoring.softcap, threads,
         )  # fmt: skip
+        return True
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],

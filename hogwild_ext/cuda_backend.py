@@ -82,13 +82,12 @@ class CudaBackend:
         # else before it is done.
         to.copy_(host, non_blocking=True)
 
-    def is_capturing(self) -> bool:
-        with self._current():
-            return torch.cuda.is_current_stream_capturing()
+    def _is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def _refuse_capture(self) -> None:
         """For what copies a layout to the device: a graph would copy that of now for ever."""
-        if self.is_capturing():
+        if self._is_capturing():
             raise RuntimeError(
                 "CUDA graph: expected nothing to be captured but the layers of a step after "
                 "step.prepare(num_heads), got something that copies its layout to the device"
@@ -161,7 +160,7 @@ class CudaBackend:
     def attend_layer(
         self, plan: DeviceStep, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,
         value: Tensor, out: Tensor, threads: int,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         tables, address, stream = plan.tables, plan.on_device.data_ptr(), self._stream()
         key_pages, value_pages = layers.key_addresses[layer], layers.value_addresses[layer]
         scoring = layers.scoring
@@ -171,12 +170,13 @@ class CudaBackend:
                 (key.data_ptr(), *key.stride()[:2]), (value.data_ptr(), *value.stride()[:2]),
                 key_pages, value_pages, scoring.rope_scale, scoring.interleaved, stream,
             )  # fmt: skip
-            _C.cuda.attend(
+            is_captured = _C.cuda.attend(
                 tables, address, layers.dtype, query.shape[1], layers.kv_heads, layers.head_dim,
                 (query.data_ptr(), 0, *query.stride()[:2]), key_pages, value_pages,
                 (out.data_ptr(), 0, *out.stride()[:2]), 0, 0, plan.workspace.data_ptr(),
                 scoring.scale, scoring.rope_scale, scoring.interleaved, scoring.softcap, stream,
             )  # fmt: skip
+        return not is_captured
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],

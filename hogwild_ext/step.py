@@ -66,8 +66,7 @@ class Step:
         self._state = "not entered"
         self._before = cache._savepoint(writers)
         self._attended = bytearray(cache.num_layers)
-        self._captured = bytearray(cache.num_layers)
-        self._is_prepared = False
+        self._captured = bytearray(cache.num_layers)  # into a CUDA graph, not run
 
         # What attend compares with in every layer. Only the queries tell how many heads there are,
         # so that the plan is made in the first layer.
@@ -184,11 +183,10 @@ class Step:
         else:
             self._check_out(out, query, key, value)
         started = time.perf_counter()
-        cache._backend.attend_layer(
+        done = cache._backend.attend_layer(
             self._plan, cache._layers, layer, query, key, value, out, self._threads
         )
-        capturing = self._is_prepared and cache._backend.is_capturing()
-        (self._captured if capturing else self._attended)[layer] = True
+        (self._attended if done else self._captured)[layer] = True
         cache.stats.attention_seconds += time.perf_counter() - started
         return out
 
@@ -221,7 +219,6 @@ class Step:
         num_heads = checks.is_integer("num_heads", num_heads, 1)
         checks.heads_divide(num_heads, self._cache.num_kv_heads, "num_heads")
         self._plan_for(num_heads)
-        self._is_prepared = True
 
     def replay(self, graph: Any) -> None:
         """Run all layers as `graph` captured them, on the tensors that it captured.

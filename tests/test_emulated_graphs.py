@@ -1,8 +1,4 @@
-"""CUDA graphs of a step, captured and replayed by the emulated runtime.
-
-A captured launch keeps its grid, its kernel and its addresses; everything else must come from the
-tables of the step that replays it.
-"""
+"""CUDA graphs of a step, captured and replayed by the emulated runtime."""
 
 from __future__ import annotations
 
@@ -15,51 +11,22 @@ import hogwild_ext as hx
 from compare import assert_same_bits
 from conftest import EMULATED
 from emulator.backend import EmulatedGraph
-from hogwild_ext.cache import Segment, SegmentCache
+from graph_turns import (
+    DIM,
+    HEADS,
+    INV_FREQ,
+    KV_HEADS,
+    LAYERS,
+    Model,
+    Views,
+    append,
+    make_cache,
+    play,
+)
+from hogwild_ext.cache import SegmentCache
 
 if EMULATED is None:
     pytest.skip("needs HOGWILD_EMULATE=1; test_emulated.py sets it", allow_module_level=True)
-
-LAYERS, KV_HEADS, HEADS, DIM = 2, 2, 6, 64
-INV_FREQ = 1e4 ** (-torch.arange(0, DIM, 2) / DIM)
-
-
-class Model:
-    """Random queries, keys and values in tensors that stay where they are, as a graph needs."""
-
-    def __init__(self, tokens: int, dtype: torch.dtype, heads: int = HEADS) -> None:
-        self.query = [torch.zeros(tokens, heads, DIM, dtype=dtype) for _ in range(LAYERS)]
-        self.key = [torch.zeros(tokens, KV_HEADS, DIM, dtype=dtype) for _ in range(LAYERS)]
-        self.value = [torch.zeros(tokens, KV_HEADS, DIM, dtype=dtype) for _ in range(LAYERS)]
-        self.out = [torch.zeros(tokens, heads, DIM, dtype=dtype) for _ in range(LAYERS)]
-
-    def draw(self, generator: torch.Generator, tokens: int) -> None:
-        """New numbers in the first `tokens` rows, nan where nobody should look."""
-        for tensor in (*self.query, *self.key, *self.value):
-            tensor.fill_(torch.nan)
-            shape = tokens, *tensor.shape[1:]
-            tensor[:tokens] = torch.randn(shape, generator=generator)
-
-    def attend(self, step: hx.Step, tokens: int) -> None:
-        for layer in range(LAYERS):
-            rows = [t[layer][:tokens] for t in (self.query, self.key, self.value)]
-            step.attend(layer, *rows, out=self.out[layer][:tokens])
-
-
-def make_cache(dtype: torch.dtype) -> SegmentCache:
-    return SegmentCache(
-        LAYERS, KV_HEADS, DIM, inv_freq=INV_FREQ, max_tokens=4096, spare_pages=300, dtype=dtype
-    )
-
-
-def append(cache: SegmentCache, segment: Segment, tokens: int) -> None:
-    model = Model(tokens, cache.dtype)
-    model.draw(torch.Generator().manual_seed(tokens), tokens)
-    with cache.step([[segment]], [tokens]) as step:
-        model.attend(step, tokens)
-
-
-Views = list[list[Segment]]
 
 
 def capture(cache: SegmentCache, model: Model, views: Views, sizes: Sequence[int]) -> EmulatedGraph:
@@ -72,61 +39,13 @@ def capture(cache: SegmentCache, model: Model, views: Views, sizes: Sequence[int
     return graph
 
 
-def segments(cache: SegmentCache, *names: str) -> Views:
-    """A view for each word: one letter is one segment."""
-    known = {segment.name: segment for segment in cache.segments}
-    return [[known[letter] for letter in name] for name in names]
-
-
 @pytest.mark.parametrize(
     ("dtype", "workers"), [(torch.float16, 1), (torch.float32, 3), (torch.bfloat16, 7)]
 )
 def test_replays_equal_plain_steps(dtype: torch.dtype, workers: int, seed: int) -> None:
-    """The captured step has one short segment; later ones have longer and more segments, other
-    views, fewer workers, results to merge, and pages that a commit moved about."""
-    names = "abcdefg"[:workers]
-    # (what happens before, the views, the tokens of each)
-    turns: list[tuple[str, tuple[str, ...], list[int]]] = [
-        ("", tuple(names), [2] * workers),
-        ("", tuple("p" + name for name in names), [2] * workers),
-        ("append", tuple("p" + name for name in reversed(names)), [1] * workers),
-        ("", ("pa",), [2 * workers]),
-        ("commit", tuple("ph" + name for name in names), [1] * workers),
-        ("many", ("p" + "".join(chr(0x4E00 + i) for i in range(12)) + "a",), [2]),
-    ]
-    outs: list[list[torch.Tensor]] = []
-    for captured in (True, False):
-        cache = make_cache(dtype)
-        for name in "ph" + names:
-            cache.segment(name)
-        (prompt,), (first,) = segments(cache, "p", "a")
-        append(cache, prompt, 3)
-        model = Model(2 * workers, dtype)
-        generator = torch.Generator().manual_seed(seed)
-        graph = None
-        outs.append([])
-        for before, words, sizes in turns:
-            if before == "append":
-                append(cache, prompt, 140)
-            elif before == "commit":
-                cache.commit(first, segments(cache, "h")[0][0])
-            elif before == "many":
-                for i in range(12):
-                    append(cache, cache.segment(chr(0x4E00 + i)), 3 * i + 1)
-            views, tokens = segments(cache, *words), sum(sizes)
-            model.draw(generator, tokens)
-            if captured and graph is None:
-                graph = capture(cache, model, views, sizes)
-            else:
-                with cache.step(views, sizes) as step:
-                    if graph is not None:
-                        step.replay(graph)
-                    else:
-                        model.attend(step, tokens)
-            outs[-1] += [out[:tokens].clone() for out in model.out]
-            outs[-1] += [s.keys(1) for s in cache.segments] + [s.values(0) for s in cache.segments]
-    for replayed, plain in zip(*outs, strict=True):
-        assert_same_bits(replayed, plain)
+    replayed = play(dtype, workers, seed, capture)
+    for got, expected in zip(replayed, play(dtype, workers, seed, None), strict=True):
+        assert_same_bits(got, expected)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +80,11 @@ def test_every_layer_is_attended_by_a_replay_and_no_layer_by_a_capture() -> None
         with EMULATED.backend.capture():
             model.attend(step, 1)
     assert len(a) == 0
+    rows = [torch.zeros(1, n, DIM).half() for n in (HEADS, KV_HEADS, KV_HEADS)]
+    with pytest.raises(ValueError, match=r"\[1\] were not"), cache.step([[a]], [1]) as step:
+        step.attend(0, *rows)
+        with EMULATED.backend.capture():  # no prepare was needed, and yet it must not count
+            step.attend(1, *rows)
     graph = capture(cache, model, [[a]], [1])
     with cache.step([[a]], [1]) as step:
         step.replay(graph)

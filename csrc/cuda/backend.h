@@ -67,7 +67,8 @@ struct AttendArgs {
   int64_t lse_worker_stride, lse_token_stride;
   float* workspace;  // Tables::workspace_floats
 };
-void attend(const AttendArgs& args, void* stream);
+// Whether the launches are captured into a graph, and not run.
+bool attend(const AttendArgs& args, void* stream);
 
 struct AppendArgs {
   Step step;

@@ -91,11 +91,11 @@ unsigned blocks_for(int64_t work) { return unsigned(std::clamp<int64_t>(work, 1,
 
 }  // namespace
 
-void attend(const AttendArgs& args, void* stream_address) {
+bool attend(const AttendArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const AttendParams params = make_params(args);
   const bool capturing = is_capturing(stream);
-  if (args.step.num_items == 0 && !capturing) return;
+  if (args.step.num_items == 0 && !capturing) return false;
   const Heads& heads = args.heads;
   const int most_rows = args.step.most_rows;
   int64_t items = int64_t(args.step.num_items) * heads.kv_heads;
@@ -116,6 +116,7 @@ void attend(const AttendArgs& args, void* stream_address) {
     const dim3 blocks(blocks_for(merges), unsigned(std::max(1, most_rows)));
     launch_merge<T>(params, heads.head_dim, blocks, stream);
   });
+  return capturing;
 }
 
 void append(const AppendArgs& args, void* stream_address) {

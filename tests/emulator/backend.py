@@ -46,7 +46,7 @@ class EmulatedBackend(CudaBackend):
     def _current(self) -> Any:
         return nullcontext()
 
-    def is_capturing(self) -> bool:
+    def _is_capturing(self) -> bool:
         return self._runtime.is_capturing
 
     # ---- memory ---------------------------------------------------------------------------------
@@ -78,12 +78,13 @@ class EmulatedBackend(CudaBackend):
     def attend_layer(
         self, plan: DeviceStep, layers: PagedLayers, layer: int, query: Tensor, key: Tensor,
         value: Tensor, out: Tensor, threads: int,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         self._watch(layers)
         with self._calling([plan.on_device, query, key, value], [out, plan.workspace]):
-            super().attend_layer(plan, layers, layer, query, key, value, out, threads)
-        if self.is_capturing():
+            done = super().attend_layer(plan, layers, layer, query, key, value, out, threads)
+        if not done:
             self._captured.append(((query, key, value), out))
+        return done
 
     def replay(self, plan: DeviceStep, captured: DeviceStep, graph: Any) -> None:
         with self._calling([plan.on_device], [plan.workspace]):
