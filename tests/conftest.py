@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+import real_gpu
 from emulator import session as emulated_gpu
 
 # HOGWILD_EMULATE=1: what else runs on the CPU runs on the emulated GPU; see emulator/README.md.
+# HOGWILD_TEST_GPU=1: it runs on a real one.
 EMULATED = emulated_gpu.start() if emulated_gpu.wanted() else None
+if real_gpu.wanted():
+    real_gpu.start()
 
 # Examples a property: HYPOTHESIS_PROFILE=thorough looks ten times as long as CI does.
 # No deadline: an example's time depends on what else the machine does.
@@ -83,7 +87,8 @@ def one_thread(_threads_restored: None) -> None:
     torch.set_num_threads(1)
 
 
-# What the emulated GPU runs. The other modules never get to a backend, or say of it what these do.
+# What runs on a GPU that stands in for the CPU. Other modules never get to a backend, or say of it
+# what these do.
 OF_A_BACKEND = {
     "test_cache",
     "test_emulated_graphs",
@@ -99,7 +104,7 @@ OF_A_BACKEND = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if EMULATED:
+    if EMULATED or real_gpu.wanted():
         cpu = pytest.mark.skip(reason="is about the CPU, or too slow on the emulated GPU")
         other = pytest.mark.skip(reason="never gets to a backend, or says nothing new about one")
         for item in items:

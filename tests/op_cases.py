@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 import hogwild_ext as hx
+import real_gpu
 from emulator import session as emulated_gpu
 from hogwild_ext._reference import eager_attention, reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HIDDEN = -(2**31)
 FURTHEST = 2**31 - 1
+ON_A_GPU = emulated_gpu.wanted() or real_gpu.wanted()  # it gets what would go to the CPU
 GPU_DIMS = [64, 96, 128, 256]  # head dimensions of keys and of values alike
 TILE = 64  # tokens that the op loads together: a key may reach the rows of its tile, no others
 
@@ -181,9 +183,9 @@ def random_case(
 ) -> Case:
     """A plain case of workers with views, standard normal and dense.
 
-    On the emulated GPU the head dimension is the next one that it has.
+    On a GPU the head dimension is the next one that it has.
     """
-    if emulated_gpu.wanted():
+    if ON_A_GPU:
         dim = value_dim = next(d for d in GPU_DIMS if d >= max(dim, value_dim or dim))
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -253,7 +255,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 def _head_dims(draw: st.DrawFn) -> tuple[int, int]:
     """D and Dv: the usual ones, or any multiples of 8 up to 256; on a GPU the usual ones, equal."""
     usual = st.sampled_from(GPU_DIMS)
-    if emulated_gpu.wanted():
+    if ON_A_GPU:
         return (dim := draw(usual)), dim
     any_dim = st.integers(1, 32).map(lambda n: 8 * n)
     dim = draw(usual | any_dim)

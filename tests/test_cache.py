@@ -19,16 +19,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import hogwild_ext as hx
 from compare import LIMITS, assert_close, assert_out_matches, assert_same_bits
-from emulator import session as emulated_gpu
 from hogwild_ext import _C
 from hogwild_ext._reference import reference_attention, reference_rotate
 from hogwild_ext.cache import OutOfPages, Segment, SegmentCache
 from hogwild_ext.pages import pages_for
 from hogwild_ext.token_log import TokenLog
+from op_cases import ON_A_GPU
 
 LAYERS, KV_HEADS, HEADS = 2, 2, 6
 # On a GPU keys and values have one of few dimensions, and the same.
-DIM, VALUE_DIM = (64, 64) if emulated_gpu.wanted() else (16, 24)
+DIM, VALUE_DIM = (64, 64) if ON_A_GPU else (16, 24)
 IDS = 512  # different tokens that there are
 PAGE = 64
 # Steep, so that one position more or less is far from rounding; partial: 8 of 16 dims rotate.
@@ -872,7 +872,7 @@ def test_a_layer_twice_is_refused(numbers: Numbers, crowd: Any) -> None:
 
 KERNELS = (
     [(_C.cuda, "append"), (_C.cuda, "attend"), (_C.cuda, "move"), (_C, "Plan")]
-    if emulated_gpu.wanted()
+    if ON_A_GPU
     else [(_C, "append"), (_C, "attend_paged"), (_C, "copy_pages"), (_C, "Plan")]
 )
 
