@@ -12,9 +12,15 @@ from compare import assert_lse_matches, assert_out_matches, assert_same_bits
 from conftest import EMULATED
 from hogwild_ext import _C
 from hogwild_ext._reference import reference_attention
-from op_cases import DTYPES, TILE, inverse_frequencies, random_case
+from op_cases import DTYPES, TILE, Case, inverse_frequencies, random_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def assert_case(case: Case) -> None:
+    (out, lse), (expected, expected_lse) = case.run(), case.reference()
+    assert_out_matches(out, expected)
+    assert_lse_matches(lse, expected_lse, case.query.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -60,6 +66,20 @@ def test_rotation_does_not_depend_on_how_the_query_lies(
     assert_same_bits(lse_again, lse, "lse")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 129])
+def test_windows_that_end_at_every_key_around_a_tiles_edge(
+    window: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """A key that is the only one of its tile to be seen counts like any other."""
+    positions = [p for edge in (TILE, 2 * TILE) for p in range(edge - 3, edge + 4)]
+    case = random_case(
+        generator, dtype, [[0]] * len(positions), [3 * TILE], [1] * len(positions), kv_heads=1,
+        window=window,
+    )  # fmt: skip
+    assert_case(replace(case, offsets=[[p] for p in positions]))
+
+
 # A pass is 2 tiles long until a GPU is full; with so many KV heads there is one pass.
 KV_HEADS = 264
 
@@ -86,10 +106,7 @@ def test_more_tiles_than_places_in_the_ring(
         group=group,
         dim=dim,
     )
-    case = replace(case, offsets=[[5 * TILE + 6], [2 * TILE + 5]])
-    (out, lse), (expected, expected_lse) = case.run(), case.reference()
-    assert_out_matches(out, expected)
-    assert_lse_matches(lse, expected_lse, dtype)
+    assert_case(replace(case, offsets=[[5 * TILE + 6], [2 * TILE + 5]]))
 
 
 def test_more_pages_than_are_known_ahead(
