@@ -102,7 +102,7 @@ def attend(heads: Heads, workers: int, lengths: Sequence[int]) -> Work:
         counted = engine.counters()
     return Work(
         blocks=attention.grid[0],
-        passes=tables.num_passes * heads.kv_heads,
+        passes=sum(map(len, plan.visits)) * heads.kv_heads,
         keys=sum(lengths) * heads.kv_heads,
         instructions=counted.warp_instructions,
         sectors=counted.load_sectors,

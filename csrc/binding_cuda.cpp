@@ -102,7 +102,6 @@ void bind_cuda(py::module_& m) {
            py::arg("padded_queries") = 0, py::arg("segments") = py::none())
       .def_property_readonly("bytes", &bytes_of<cuda::Tables>)
       .def_property_readonly("num_items", &cuda::Tables::num_items)
-      .def_property_readonly("num_passes", &cuda::Tables::num_passes)
       .def_property_readonly("num_merges", &cuda::Tables::num_merges)
       .def_property_readonly("num_tokens", &cuda::Tables::num_tokens)
       .def_property_readonly("most_rows", &cuda::Tables::most_rows)

@@ -10,6 +10,11 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Enough chunks to fill a large GPU (two blocks on each of 132 processors) once the heads are
+// multiplied in, but none shorter than 128 keys, so that partial results stay small beside the KV.
+constexpr int64_t BLOCKS_WANTED = 264;
+constexpr int64_t SHORTEST_CHUNK = 128;
+
 std::vector<int32_t> copy(const int32_t* data, int64_t n) {
   return data ? std::vector<int32_t>(data, data + n) : std::vector<int32_t>();
 }

@@ -20,11 +20,6 @@
 
 namespace hogwild {
 
-// Enough chunks to fill a large GPU (two blocks on each of 132 processors) once the heads are
-// multiplied in, but none shorter than 128 keys, so that partial results stay small beside the KV.
-constexpr int64_t BLOCKS_WANTED = 264;
-constexpr int64_t SHORTEST_CHUNK = 128;
-
 struct PlanInput {
   int32_t num_workers;
   int32_t num_segments;

@@ -59,7 +59,7 @@ struct Shape {
 
   // Shared memory: ring of tiles, queries, probabilities, then the small arrays.
   static constexpr int SMALL_BYTES =
-      ROWS * (int(sizeof(QueryRow<void>)) + int(sizeof(Limits)) + (2 + 4) * int(sizeof(float)));
+      ROWS * (int(sizeof(QueryRow<void>)) + int(sizeof(Limits)) + (2 + 4 + 4) * int(sizeof(float)));
   static constexpr int shared_bytes(int ring) {
     return ring * TILE_BYTES + QUERY_BYTES + PROBABILITY_BYTES + SMALL_BYTES;
   }
@@ -116,6 +116,7 @@ struct Attention {
   Limits* const limits;
   uint4* const maxima;  // [ROWS / 2] pairs of rows, one of each quarter of a tile's keys
   float4* const sums;  // [ROWS], likewise
+  float2* const folded;  // [2, ROWS]: (max, sum) of the passes so far, before every other pass
   const uint32_t key_place, copy_place;  // of the first tile in the ring
   uint32_t value_place[(OUT_TILES + 1) / 2];  // the same, of two tiles of dimensions each
   const uint32_t probability_store, probability_load;
@@ -137,7 +138,6 @@ struct Attention {
   uint32_t row_max[WARP_TILES];
   float bias[WARP_TILES][2];  // its negative in powers of two
   float row_sum[WARP_TILES][2];  // this lane's share
-  float folded_max[WARP_TILES][2], folded_sum[WARP_TILES][2];
 
   __device__ Attention(const AttendParams& p, const Item& item, int head, char* shared)
       : params(p),
@@ -155,6 +155,7 @@ struct Attention {
         limits(reinterpret_cast<Limits*>(rows + S::ROWS)),
         maxima(reinterpret_cast<uint4*>(limits + S::ROWS)),
         sums(reinterpret_cast<float4*>(maxima + S::ROWS / 2)),
+        folded(reinterpret_cast<float2*>(sums + S::ROWS)),
         key_place(kept(ring + S::place(quarter * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2))),
         copy_place(kept(ring + S::place(threadIdx.x / COLUMNS, threadIdx.x % COLUMNS))),
         probability_store(kept(
@@ -181,6 +182,7 @@ struct Attention {
 
   // The queries of rows that are not there are zero.
   __device__ void load_rows() {
+    for (int r = threadIdx.x; r < S::ROWS; r += S::THREADS) folded[r] = {-INFINITE, 0.f};
     const Row* from = header.array<Row>(header.rows) + item.row_begin;
     for (int r = threadIdx.x; r < item.row_count; r += S::THREADS)
       rows[r] = query_row<Element>(params, from[r], head);
@@ -191,34 +193,38 @@ struct Attention {
 
   // Rotates the queries afresh, into the operands of the scores.
   __device__ void enter_segment(int segment) {
-    if (plain_rotation)
-      rotate_four_pairs(segment);
-    else
+    if (!plain_rotation)
       rotate_one_by_one(segment);
+    else if (item.worker_tokens > 1)
+      rotate_four_pairs<true>(segment);
+    else
+      rotate_four_pairs<false>(segment);
   }
 
   // A thread takes dimensions j .. j + 3 and their partners D / 2 further on, of every so many
   // rows.
+  template <bool SEVERAL_TOKENS>
   __device__ void rotate_four_pairs(int segment) {
     constexpr int THREADS_OF_ROW = D == 96 ? 16 : D / 8;
     constexpr int AT_ONCE = S::THREADS / THREADS_OF_ROW;
+    constexpr int UNROLLED = WARP_TILES * D < 128 ? S::ROWS / AT_ONCE : 1;  // registers are few
     const int j = threadIdx.x % THREADS_OF_ROW * 4;
     if (j >= D / 2) return;
     const char* offset_angles = header.array<char>(header.offset_angles) + (segment * D + j) * 4;
-    const int32_t worker_bytes = header.num_segments * (D * 4);
-#pragma unroll
+    const char* token_angles = header.array<char>(header.token_angles) + j * 4;
+    const int32_t worker_bytes = header.num_segments * (D * 4), row_count = item.row_count;
+#pragma unroll UNROLLED
     for (int first = 0; first < S::ROWS; first += AT_ONCE) {
-      if (first >= item.row_count) break;
       const int r = first + threadIdx.x / THREADS_OF_ROW;
-      if (r >= item.row_count) continue;
+      if (r >= row_count) break;
       const QueryRow<Element> row = rows[r];
       const uint2 x = *reinterpret_cast<const uint2*>(row.query + j);
       const uint2 y = *reinterpret_cast<const uint2*>(row.query + j + D / 2);
       const char* angles = advance(offset_angles, row.worker, worker_bytes);
       float4 c = *reinterpret_cast<const float4*>(angles);
       float4 s = *reinterpret_cast<const float4*>(angles + D * 2);
-      if (item.worker_tokens > 1) {
-        angles = advance(header.array<char>(header.token_angles) + j * 4, row.token, D * 4);
+      if constexpr (SEVERAL_TOKENS) {
+        angles = advance(token_angles, row.token, D * 4);
         const float4 ci = *reinterpret_cast<const float4*>(angles);
         const float4 si = *reinterpret_cast<const float4*>(angles + D * 2);
         add(c.x, s.x, ci.x, si.x);
@@ -280,25 +286,25 @@ struct Attention {
   static constexpr int COLUMNS = S::PERIOD;
   static constexpr int ROWS_AT_ONCE = S::THREADS / COLUMNS;
 
-  // The tiles of a piece, and where they lie.
+  // The tiles of a pass, and where they lie.
   struct Source {
-    const Piece* piece;
+    const Pass* pass;
     int end;  // tiles before it are wanted
     int whole_end;  // tiles before it are wanted and whole pages
     int paged_end;  // tiles before it are wanted and pages
-    const int32_t* pages;  // of the piece's tiles
+    const int32_t* pages;  // of the pass's tiles
     int32_t page[3];  // of tiles t + 1, t + 2, t + 3 while tile t is attended
   };
 
-  __device__ __forceinline__ Source start(const Piece* place, const Piece& piece) const {
-    Source s{place, piece.end_tile, 0, 0, nullptr, {0, 0, 0}};
+  __device__ __forceinline__ Source start(const Pass* place, const Pass& pass) const {
+    Source s{place, pass.end_tile, 0, 0, nullptr, {0, 0, 0}};
     if (params.key_pages) {
-      s.whole_end = min((piece.end - piece.begin) / TILE, s.end);
+      s.whole_end = min((pass.end - pass.begin) / TILE, s.end);
       s.paged_end = s.end;
-      s.pages = kept(header.array<int32_t>(header.tile_pages) + piece.tile);
+      s.pages = kept(header.array<int32_t>(header.tile_pages) + pass.tile);
       // As if tile first_tile - 1 were attended.
 #pragma unroll
-      for (int i = 0; i < 3; ++i) s.page[i] = __ldg(s.pages + min(piece.first_tile + i, s.end - 1));
+      for (int i = 0; i < 3; ++i) s.page[i] = __ldg(s.pages + min(pass.first_tile + i, s.end - 1));
     }
     return s;
   }
@@ -317,7 +323,10 @@ struct Attention {
                                             uint32_t slot) const {
     const uint32_t to = copy_place + slot;
     if (tile < s.whole_end) {
-      const char* from = advance(VALUES ? value_pages : key_pages, page, page_bytes);
+      const char* pages = VALUES ? value_pages : key_pages;
+      if constexpr (D > 128)  // no registers left to keep it in
+        pages = first_chunk(VALUES ? params.value_pages : params.key_pages);
+      const char* from = advance(pages, page, page_bytes);
 #pragma unroll
       for (int r = 0; r < TILE; r += ROWS_AT_ONCE)
 #pragma unroll
@@ -333,8 +342,8 @@ struct Attention {
   __device__ __forceinline__ void load_rows_of_tile(const Source& s, int tile, int32_t page,
                                                     bool values, uint32_t to) const {
     const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-    const Piece& piece = *s.piece;
-    const int present = piece.end - piece.begin - tile * TILE;
+    const Pass& pass = *s.pass;
+    const int present = pass.end - pass.begin - tile * TILE;
     const Element* base;
     int64_t stride;
     if (params.key_pages) {
@@ -342,10 +351,10 @@ struct Attention {
              (int64_t(page) * params.kv_heads + head) * (TILE * D);
       stride = D;
     } else {
-      const SegmentRows& segment = header.array<SegmentRows>(header.segments)[piece.segment];
+      const SegmentRows& segment = header.array<SegmentRows>(header.segments)[pass.segment];
       stride = values ? segment.value_token_stride : segment.key_token_stride;
       base = static_cast<const Element*>(values ? segment.values : segment.keys) +
-             (piece.begin + tile * TILE) * stride +
+             (pass.begin + tile * TILE) * stride +
              head * (values ? segment.value_head_stride : segment.key_head_stride);
     }
     const bool wide = ((reinterpret_cast<uintptr_t>(base) | (stride * 2)) & 15) == 0;
@@ -495,74 +504,88 @@ struct Attention {
       }
   }
 
+  // Values [16 block, 16 block + 16) of two tiles of dimensions (or of the last one), times
+  // probabilities.
+  __device__ __forceinline__ void accumulate(const uint32_t (&p)[WARP_TILES][4], uint32_t slot,
+                                             int block, int n) {
+    const uint32_t address = value_place[n / 2] + slot + block * 16 * S::ROW_BYTES;
+    if (n + 1 < OUT_TILES) {
+      uint32_t v[4];
+      load_matrices_transposed(v, address);
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile) {
+        T::mma(out[tile][n], p[tile], v[0], v[1]);
+        T::mma(out[tile][n + 1], p[tile], v[2], v[3]);
+      }
+    } else {
+      uint32_t v[2];
+      load_2_matrices_transposed(v, address);
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile) T::mma(out[tile][n], p[tile], v[0], v[1]);
+    }
+  }
+
+  __device__ __forceinline__ void load_probabilities(uint32_t (&p)[WARP_TILES][4],
+                                                     int block) const {
+#pragma unroll
+    for (int tile = 0; tile < WARP_TILES; ++tile)
+      load_matrices(p[tile], (probability_load ^ (block * 32)) + tile * 16 * (TILE * 2));
+  }
+
   // out += probabilities times this quarter's dimensions of the values.
   __device__ __forceinline__ void accumulate(uint32_t slot) {
-    uint32_t place[(OUT_TILES + 1) / 2];  // of the chunks of two tiles of dimensions
-#pragma unroll
-    for (int n = 0; n < OUT_TILES; n += 2) {
-      place[n / 2] = value_place[n / 2] + slot;
-    }
 #pragma unroll
     for (int block = 0; block < TILE / 16; ++block) {
       uint32_t p[WARP_TILES][4];
+      load_probabilities(p, block);
 #pragma unroll
-      for (int tile = 0; tile < WARP_TILES; ++tile)
-        load_matrices(p[tile], (probability_load ^ (block * 32)) + tile * 16 * (TILE * 2));
-#pragma unroll
-      for (int n = 0; n < OUT_TILES; n += 2) {
-        const uint32_t address = place[n / 2] + block * 16 * S::ROW_BYTES;
-        if (n + 1 < OUT_TILES) {
-          uint32_t v[4];
-          load_matrices_transposed(v, address);
-#pragma unroll
-          for (int tile = 0; tile < WARP_TILES; ++tile) {
-            T::mma(out[tile][n], p[tile], v[0], v[1]);
-            T::mma(out[tile][n + 1], p[tile], v[2], v[3]);
-          }
-        } else {
-          uint32_t v[2];
-          load_2_matrices_transposed(v, address);
-#pragma unroll
-          for (int tile = 0; tile < WARP_TILES; ++tile) T::mma(out[tile][n], p[tile], v[0], v[1]);
-        }
-      }
+      for (int n = 0; n < OUT_TILES; n += 2) accumulate(p, slot, block, n);
     }
   }
 
   // The same for a tile that some row sees nothing of: 0 times a value that is not finite must not
-  // reach it, so that its result is put back.
+  // reach it, so that its result is put back. A few dimensions at a time: registers are few.
   __device__ __forceinline__ void accumulate_for_some(uint32_t slot, int key) {
-    float before[WARP_TILES][OUT_TILES][4];
-#pragma unroll
-    for (int tile = 0; tile < WARP_TILES; ++tile)
-#pragma unroll
-      for (int n = 0; n < OUT_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) before[tile][n][e] = out[tile][n][e];
-    accumulate(slot);
+    uint32_t sees = 0;  // bit 2 tile + half
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Limits seen = limits[row_of(tile, half)];
-        if (seen.low < key + TILE && seen.high >= key) continue;
-#pragma unroll
-        for (int n = 0; n < OUT_TILES; ++n)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) out[tile][n][e] = before[tile][n][e];
+        sees |= uint32_t(seen.low < key + TILE && seen.high >= key) << (2 * tile + half);
       }
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 2) {
+      constexpr int WIDTH = OUT_TILES > 1 ? 2 : 1;
+      float before[WARP_TILES][WIDTH][4];
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (n + i < OUT_TILES) before[tile][i][e] = out[tile][n + i][e];
+#pragma unroll
+      for (int block = 0; block < TILE / 16; ++block) {
+        uint32_t p[WARP_TILES][4];
+        load_probabilities(p, block);
+        accumulate(p, slot, block, n);
+      }
+#pragma unroll
+      for (int tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (n + i < OUT_TILES && !(sees >> (2 * tile + e / 2) & 1))
+              out[tile][n + i][e] = before[tile][i][e];
+      if constexpr (D > 128) __syncwarp();  // or else ptxas mixes them all, and spills
+    }
   }
 
   // ---- a pass -------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void attend(const Pass& pass) {
-    start_pass();
-    const Piece* pieces = header.array<Piece>(header.pieces);
-    for (int p = pass.piece_begin; p < pass.piece_end; ++p) attend_piece(pieces + p);
-    share_sums(pass);
-  }
-
-  __device__ __forceinline__ void start_pass() {
+  __device__ __forceinline__ void start_sums() {
     // Finite for any scale: a masked score is -inf, and becomes 0 and not nan.
     const float lowest = fminf(LOWEST * -params.power_scale, FLT_MAX);
 #pragma unroll
@@ -580,27 +603,27 @@ struct Attention {
     }
   }
 
-  // Goes on with the pass's maxima, sums and outputs.
-  __device__ __forceinline__ void attend_piece(const Piece* place) {
-    const Piece piece = *place;
+  __device__ __forceinline__ void attend(const Pass* place) {
+    const Pass pass = *place;
     const float scale = params.power_scale;
-    const int first = piece.first_tile;
+    const int first = pass.first_tile;
     __syncthreads();  // ring, queries and limits are free
-    Source source = start(place, piece);
+    Source source = start(place, pass);
     load_tile<false>(source, first, source.page[0], 0);
     if constexpr (RING > 2) load_tile<true>(source, first, source.page[0], S::TILE_BYTES);
     if constexpr (RING > 3) load_tile<false>(source, first + 1, source.page[1], 2 * S::TILE_BYTES);
-    if (first < piece.whole_begin || piece.whole_end < piece.end_tile)
-      find_limits<S::ROWS>(header, rows, item.row_count, piece, limits);
-    if (piece.segment != segment) {
-      enter_segment(segment = piece.segment);
+    if (first < pass.whole_begin || pass.whole_end < pass.end_tile)
+      find_limits<S::ROWS>(header, rows, item.row_count, pass, limits);
+    if (pass.segment != segment) {
+      enter_segment(segment = pass.segment);
       __syncthreads();
       hold_queries();
     }
+    start_sums();
 
     uint32_t slot = 0;  // of the keys
     for (int t = first; t < source.end; ++t) {
-      const bool whole = t >= piece.whole_begin && t < piece.whole_end;
+      const bool whole = t >= pass.whole_begin && t < pass.whole_end;
       const uint32_t values = after(slot);
       const int32_t page = source.page[0];
       next_pages(source, t);
@@ -609,7 +632,7 @@ struct Attention {
       if constexpr (RING == 3) load_tile<false>(source, t + 1, source.page[0], before(slot));
       if constexpr (RING == 2) load_tile<true>(source, t, page, before(slot));
       compute_scores(slot);
-      if (!whole) mask_scores(piece.begin + t * TILE);
+      if (!whole) mask_scores(pass.begin + t * TILE);
       share_maxima();
       __syncthreads();
       raise_maxima(scale);
@@ -621,10 +644,11 @@ struct Attention {
       if (whole)
         accumulate(values);
       else
-        accumulate_for_some(values, piece.begin + t * TILE);
+        accumulate_for_some(values, pass.begin + t * TILE);
       slot = next(slot);
     }
     wait_copies<0>();
+    share_sums(*place);
   }
 
   // Places in the ring, in bytes: of the values behind a tile's keys, of the keys behind those
@@ -694,30 +718,42 @@ struct Attention {
       }
   }
 
-  // Folds the pass's result into what the passes before it left in the item's slot: the maxima and
-  // sums stay in registers, the outputs come from there, each to the thread that stored it.
-  __device__ void fold_pass() {
+  // Folds the result of pass i of the item into what the passes before it left in the item's slot,
+  // and returns (max, sum). Outputs come from there, each to the thread that stored it.
+  __device__ void fold_pass(int i, float (&top)[WARP_TILES][2], float (&sum)[WARP_TILES][2]) {
     const Slots slots = slots_of<D>(params, head);
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_of(tile, half);
-        const Weights w = fold(folded_max[tile][half], folded_sum[tile][half], bias[tile][half],
-                               row_sum[tile][half]);
-        if (row >= item.row_count || w.how == Fold::Replace || folded_sum[tile][half] == 0.f)
-          continue;
+        const float2 so_far = folded[i % 2 * S::ROWS + row];
+        top[tile][half] = so_far.x;
+        sum[tile][half] = so_far.y;
+        const Weights w =
+            fold(top[tile][half], sum[tile][half], bias[tile][half], row_sum[tile][half]);
+        if (quarter == 0 && lane % 4 == 0)
+          folded[(i + 1) % 2 * S::ROWS + row] = {top[tile][half], sum[tile][half]};
+        if (row >= item.row_count || w.how == Fold::Replace || so_far.y == 0.f) continue;
         const float* from = slots.out + int64_t(item.slot_row + row) * D;
+        const bool mix = w.how == Fold::Mix;
 #pragma unroll
         for (int n = 0; n < OUT_TILES; ++n) {
+          float (&x)[4] = out[tile][n];
           const float2 before = *reinterpret_cast<const float2*>(from + dimension(n));
-          out[tile][n][2 * half] = fold(w, before.x, out[tile][n][2 * half]);
-          out[tile][n][2 * half + 1] = fold(w, before.y, out[tile][n][2 * half + 1]);
+          if (mix) {
+            x[2 * half] = __fmaf_rn(before.x, w.kept, __fmul_rn(x[2 * half], w.added));
+            x[2 * half + 1] = __fmaf_rn(before.y, w.kept, __fmul_rn(x[2 * half + 1], w.added));
+          } else {
+            x[2 * half] = before.x;
+            x[2 * half + 1] = before.y;
+          }
         }
       }
   }
 
-  __device__ void write_output() const {
+  __device__ void write_output(const float (&top)[WARP_TILES][2],
+                               const float (&sum)[WARP_TILES][2]) const {
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
@@ -726,14 +762,14 @@ struct Attention {
         if (r >= item.row_count) continue;
         const Row row = header.array<Row>(header.rows)[item.row_begin + r];
         const int query_head = head * params.group + row.head;
-        const float sum = folded_sum[tile][half];
-        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+        const float total = sum[tile][half];
+        const float inverse = total == 0.f ? 0.f : 1.f / total;
         Element* to =
             static_cast<Element*>(params.out.data) + row_offset(params.out, row, query_head);
 #pragma unroll
         for (int n = 0; n < OUT_TILES; ++n) {
-          const float x = sum == 0.f ? 0.f : out[tile][n][2 * half] * inverse;
-          const float y = sum == 0.f ? 0.f : out[tile][n][2 * half + 1] * inverse;
+          const float x = total == 0.f ? 0.f : out[tile][n][2 * half] * inverse;
+          const float y = total == 0.f ? 0.f : out[tile][n][2 * half + 1] * inverse;
           if (params.wide_out) {
             *reinterpret_cast<uint32_t*>(to + dimension(n)) = T::pack(x, y);
           } else {
@@ -742,31 +778,28 @@ struct Attention {
           }
         }
         if (params.lse && quarter == 0 && lane % 4 == 0)
-          *lse_place(params, row, query_head) = log_sum<T>(folded_max[tile][half], sum);
+          *lse_place(params, row, query_head) = log_sum<T>(top[tile][half], total);
       }
   }
 
   __device__ void run() {
     load_rows();
+    float top[WARP_TILES][2], sum[WARP_TILES][2];
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        folded_max[tile][half] = -INFINITE;
-        folded_sum[tile][half] = 0.f;
-      }
+      for (int half = 0; half < 2; ++half) sum[tile][half] = 0.f;
     const Pass* passes = header.array<Pass>(header.passes);
     for (int i = item.pass_begin; i < item.pass_end; ++i) {
-      attend(passes[i]);
+      attend(passes + i);
       if (item.what == STORES) {
         store(item.slot_row + (i - item.pass_begin) * item.row_count, bias, row_sum);
       } else {
-        fold_pass();
-        if (item.what == FOLDS || i + 1 < item.pass_end)
-          store(item.slot_row, folded_max, folded_sum);
+        fold_pass(i - item.pass_begin, top, sum);
+        if (item.what == FOLDS || i + 1 < item.pass_end) store(item.slot_row, top, sum);
       }
     }
-    if (item.what == WRITES_OUTPUT) write_output();
+    if (item.what == WRITES_OUTPUT) write_output(top, sum);
   }
 };
 
@@ -777,7 +810,7 @@ __global__ void __launch_bounds__(Shape<D, ROW_TILES>::THREADS, Shape<D, ROW_TIL
   const Header& header = *params.header;
   const int work = header.num_items * params.kv_heads;
   for (int i = blockIdx.x; i < work; i += gridDim.x) {
-    const Item item = header.array<Item>(header.items)[i / params.kv_heads];
+    const Item& item = header.array<Item>(header.items)[i / params.kv_heads];
     Attention<T, D, ROW_TILES>(params, item, i % params.kv_heads, shared).run();
     __syncthreads();
   }

@@ -77,22 +77,22 @@ struct AttentionF32 {
     }
   }
 
-  __device__ void load_tile(const Piece& piece, int t, bool values) const {
+  __device__ void load_tile(const Pass& pass, int t, bool values) const {
     const float* base;
     int64_t stride;
     if (params.key_pages) {
-      const int64_t page = header.array<int32_t>(header.tile_pages)[piece.tile + t];
+      const int64_t page = header.array<int32_t>(header.tile_pages)[pass.tile + t];
       base = static_cast<const float*>(values ? params.value_pages : params.key_pages) +
              (page * params.kv_heads + head) * (TILE * D);
       stride = D;
     } else {
-      const SegmentRows& rows = header.array<SegmentRows>(header.segments)[piece.segment];
+      const SegmentRows& rows = header.array<SegmentRows>(header.segments)[pass.segment];
       stride = values ? rows.value_token_stride : rows.key_token_stride;
       base = static_cast<const float*>(values ? rows.values : rows.keys) +
-             (piece.begin + t * TILE) * stride +
+             (pass.begin + t * TILE) * stride +
              head * (values ? rows.value_head_stride : rows.key_head_stride);
     }
-    const int present = piece.end - piece.begin - t * TILE;
+    const int present = pass.end - pass.begin - t * TILE;
     const bool wide = ((reinterpret_cast<uintptr_t>(base) | (stride * 4)) & 15) == 0;
     for (int i = threadIdx.x; i < TILE * S::FOURS; i += S::THREADS) {
       const int r = i / S::FOURS, d = i % S::FOURS * 4;
@@ -205,27 +205,22 @@ struct AttentionF32 {
       row_max[i] = -INFINITE;
       row_sum[i] = 0.f;
     }
-    const Piece* pieces = header.array<Piece>(header.pieces);
-    for (int p = pass.piece_begin; p < pass.piece_end; ++p) attend_piece(pieces[p]);
-    share_sums(pass);
-  }
-
-  __device__ __forceinline__ void attend_piece(const Piece& piece) {
-    find_limits<S::ROWS>(header, rows, item.row_count, piece, limits);
-    if (piece.segment != segment) {
-      segment = piece.segment;
+    find_limits<S::ROWS>(header, rows, item.row_count, pass, limits);
+    if (pass.segment != segment) {
+      segment = pass.segment;
       enter_segment();
     }
-    for (int t = piece.first_tile; t < piece.end_tile; ++t) {
-      const int key = piece.begin + t * TILE;
+    for (int t = pass.first_tile; t < pass.end_tile; ++t) {
+      const int key = pass.begin + t * TILE;
       float score[S::SCORE_ROWS];
-      load_tile(piece, t, false);
+      load_tile(pass, t, false);
       compute_scores(score, key);
       compute_probabilities(score);
-      load_tile(piece, t, true);
+      load_tile(pass, t, true);
       accumulate(key);
       __syncthreads();
     }
+    share_sums(pass);
   }
 
   __device__ void share_sums(const Pass& pass) {

@@ -37,14 +37,13 @@ class Tables {
   int64_t workspace_floats(int32_t kv_heads, int32_t head_dim) const;
 
   int32_t num_items() const { return num_items_; }    // of one KV head
-  int32_t num_passes() const { return num_passes_; }  // of one KV head, see tables.h
   int32_t num_merges() const { return num_merges_; }  // row groups with several partial results
   int32_t num_tokens() const { return num_tokens_; }
   int32_t most_rows() const { return most_rows_; }    // of any item
 
  private:
   std::vector<char> bytes_;
-  int32_t num_items_ = 0, num_passes_ = 0, num_merges_ = 0, num_tokens_ = 0, most_rows_ = 0;
+  int32_t num_items_ = 0, num_merges_ = 0, num_tokens_ = 0, most_rows_ = 0;
   int64_t slot_rows_ = 0;
 };
 

@@ -1,5 +1,5 @@
 // What every attention kernel does at the edges of its main loop: read the item's rows, find the
-// keys that each row sees of a piece, rotate the queries.
+// keys that each row sees of a pass, rotate the queries.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace hogwild::cuda {
 
-// Keys [low, high] that a row sees of a piece; none if high < low.
+// Keys [low, high] that a row sees of a pass; none if high < low.
 struct Limits {
   int32_t low, high;
   __device__ bool any() const { return low <= high; }
@@ -32,22 +32,22 @@ __device__ __forceinline__ QueryRow<Element> query_row(const AttendParams& p, co
 
 template <class Element>
 __device__ __forceinline__ Limits find_limits(const Header& header, const QueryRow<Element>& row,
-                                              const Piece& piece) {
+                                              const Pass& pass) {
   const int32_t offset =
-      header.array<int32_t>(header.offsets)[row.worker * header.num_segments + piece.segment];
+      header.array<int32_t>(header.offsets)[row.worker * header.num_segments + pass.segment];
   if (offset == HIDDEN) return NOTHING;
   const int64_t place = int64_t(offset) + row.token;
-  const int64_t low = max(place - header.window + 1, int64_t(piece.begin));
-  const int64_t high = min(place, int64_t(piece.end) - 1);
+  const int64_t low = max(place - header.window + 1, int64_t(pass.begin));
+  const int64_t high = min(place, int64_t(pass.end) - 1);
   return low <= high ? Limits{int32_t(low), int32_t(high)} : NOTHING;
 }
 
 // Leaves the limits of all rows in shared memory; those past row_count see nothing.
 template <int ROWS, class Element>
 __device__ __forceinline__ void find_limits(const Header& header, const QueryRow<Element>* rows,
-                                            int row_count, const Piece& piece, Limits* limits) {
+                                            int row_count, const Pass& pass, Limits* limits) {
   for (int r = threadIdx.x; r < ROWS; r += blockDim.x)
-    limits[r] = r < row_count ? find_limits(header, rows[r], piece) : NOTHING;
+    limits[r] = r < row_count ? find_limits(header, rows[r], pass) : NOTHING;
 }
 
 // Angles of a row's query on a segment: cos and sin of position * inv_freq [R/2].

@@ -4,9 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <utility>
 
-#include "../plan.h"
 #include "backend.h"
 
 namespace hogwild::cuda {
@@ -46,127 +44,45 @@ class Writer {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t tiles_of(const Chunk& chunk) { return ceil_div(chunk.end - chunk.begin, TILE); }
-
-// Numbers of the passes that the chunks belong to: neighbours share one as long as enough are left
-// to fill a large GPU, or as many as one segment with all these keys would have.
-std::vector<int32_t> number_passes(const PlanView& plan, int32_t kv_heads) {
-  int64_t total = 0;
-  for (int32_t c = 0; c < plan.num_chunks; ++c) total += tiles_of(plan.chunks[c]);
-  const int64_t wanted =
-      std::min(ceil_div(total, SHORTEST_CHUNK / TILE), ceil_div(BLOCKS_WANTED, int64_t(kv_heads)));
-  const int64_t most = wanted ? ceil_div(total, wanted) : 0;
-  std::vector<int32_t> number(plan.num_chunks);
-  int64_t tiles = 0;
-  for (int32_t c = 0; c < plan.num_chunks; ++c) {
-    const int64_t more = tiles_of(plan.chunks[c]);
-    const bool joins = c > 0 && tiles + more <= most;
-    number[c] = c == 0 ? 0 : number[c - 1] + !joins;
-    tiles = joins ? tiles + more : more;
-  }
-  return number;
-}
-
-// The keys of a piece, and the rows of the group that see some of them.
-struct Sight {
-  struct Rows {
-    int32_t part;
-    int32_t first, last;  // [first, last)
-  };
-  int32_t segment;
-  int32_t begin, end;
-  std::vector<Rows> rows;
-};
-
-// Adds a visit; chunk after chunk of one segment is one piece.
-void add_visit(std::vector<Sight>& pieces, const PlanView& plan, const Visit& visit) {
+// Which tiles a visit reads, and which of them need no mask.
+Pass make_pass(const PlanView& plan, const Visit& visit, int32_t group) {
   const Chunk& chunk = plan.chunks[visit.chunk];
-  if (pieces.empty() || pieces.back().segment != chunk.segment || pieces.back().end != chunk.begin)
-    pieces.push_back({chunk.segment, chunk.begin, chunk.begin, {}});
-  Sight& piece = pieces.back();
-  piece.end = chunk.end;
+  int64_t first = chunk.end, last = -1, inner_low = chunk.begin, inner_high = chunk.end - 1;
+  uint64_t seen_by = 0;
   for (int32_t s = visit.span_begin; s < visit.span_end; ++s) {
     const Span& span = plan.spans[s];
-    // A part's rows that see a chunk and those that see the next one leave no gap.
-    const auto known = std::find_if(piece.rows.begin(), piece.rows.end(),
-                                    [&](const Sight::Rows& r) { return r.part == span.part; });
-    if (known == piece.rows.end()) {
-      piece.rows.push_back({span.part, span.first, span.last});
-    } else {
-      known->first = std::min(known->first, span.first);
-      known->last = std::max(known->last, span.last);
-    }
-  }
-}
-
-uint64_t bits(int32_t first, int32_t last) {  // [first, last), last <= 64
-  return first < last ? (~uint64_t(0) >> (64 - (last - first))) << first : 0;
-}
-
-uint64_t seen_by(const Sight& piece) {
-  uint64_t rows = 0;
-  for (const Sight::Rows& r : piece.rows) rows |= bits(r.first, r.last);
-  return rows;
-}
-
-// Which tiles of a piece are read, and which of them need no mask. `pass_seen_by`: the rows that
-// see any piece of the pass.
-Piece make_piece(const PlanView& plan, const Sight& sight, int32_t group, uint64_t pass_seen_by) {
-  int64_t first = sight.end, last = -1, inner_low = sight.begin, inner_high = sight.end - 1;
-  for (const Sight::Rows& rows : sight.rows) {
-    const Part& part = plan.parts[rows.part];
-    const int64_t offset = plan.offsets[int64_t(part.worker) * plan.num_segments + sight.segment];
+    const Part& part = plan.parts[span.part];
+    const int64_t offset = plan.offsets[int64_t(part.worker) * plan.num_segments + chunk.segment];
     const auto place = [&](int32_t row) {
       return offset + (part.head_row + row - part.first_row) / group;
     };
-    const int64_t low = place(rows.first), high = place(rows.last - 1);
-    first = std::min(first, std::max<int64_t>(low - plan.window + 1, sight.begin));
-    last = std::max(last, std::min<int64_t>(high, sight.end - 1));
+    const int64_t low = place(span.first), high = place(span.last - 1);
+    first = std::min(first, std::max<int64_t>(low - plan.window + 1, chunk.begin));
+    last = std::max(last, std::min<int64_t>(high, chunk.end - 1));
     inner_low = std::max(inner_low, high - plan.window + 1);
     inner_high = std::min(inner_high, low);
+    seen_by |= (~uint64_t(0) >> (64 - (span.last - span.first))) << span.first;
   }
-  Piece piece{};
-  piece.segment = sight.segment;
-  piece.begin = sight.begin;
-  piece.end = sight.end;
-  piece.tile = plan.first_tile[sight.segment] + sight.begin / TILE;
-  piece.first_tile = int32_t((first - sight.begin) / TILE);
-  piece.end_tile = int32_t((last - sight.begin) / TILE) + 1;
-  // Rows that see other pieces but nothing of this one need the mask in every tile; those that see
-  // nothing of the pass are left out at its end.
-  if (seen_by(sight) == pass_seen_by) {
-    piece.whole_begin = int32_t(ceil_div(inner_low - sight.begin, TILE));
-    piece.whole_end = int32_t((inner_high + 1 - sight.begin) / TILE);
-  }
-  return piece;
-}
-
-// The passes of a row group.
-void list_passes(const PlanView& plan, const RowGroup& group_rows, int32_t group,
-                 const std::vector<int32_t>& numbers, std::vector<Pass>& passes,
-                 std::vector<Piece>& pieces) {
-  std::vector<Sight> sights;
-  for (int32_t v = group_rows.visit_begin; v < group_rows.visit_end;) {
-    const int32_t number = numbers[plan.visits[v].chunk];
-    sights.clear();
-    for (; v < group_rows.visit_end && numbers[plan.visits[v].chunk] == number; ++v)
-      add_visit(sights, plan, plan.visits[v]);
-    uint64_t seen = 0;
-    for (const Sight& sight : sights) seen |= seen_by(sight);
-    const auto begin = int32_t(pieces.size());
-    for (const Sight& sight : sights) pieces.push_back(make_piece(plan, sight, group, seen));
-    passes.push_back({begin, int32_t(pieces.size()), {uint32_t(seen), uint32_t(seen >> 32)}});
-  }
+  Pass pass{};
+  pass.segment = chunk.segment;
+  pass.begin = chunk.begin;
+  pass.end = chunk.end;
+  pass.tile = plan.first_tile[chunk.segment] + chunk.begin / TILE;
+  pass.first_tile = int32_t((first - chunk.begin) / TILE);
+  pass.end_tile = int32_t((last - chunk.begin) / TILE) + 1;
+  pass.whole_begin = int32_t(ceil_div(inner_low - chunk.begin, TILE));
+  pass.whole_end = int32_t((inner_high + 1 - chunk.begin) / TILE);
+  pass.seen_by[0] = uint32_t(seen_by);
+  pass.seen_by[1] = uint32_t(seen_by >> 32);
+  return pass;
 }
 
 // Where passes [begin, end) are cut into items: ends of about equally long runs of tiles.
-std::vector<int32_t> cut_passes(const std::vector<Pass>& passes, const std::vector<Piece>& pieces,
-                                int32_t begin, int32_t end, int64_t runs) {
+std::vector<int32_t> cut_passes(const std::vector<Pass>& passes, int32_t begin, int32_t end,
+                                int64_t runs) {
+  // Entering a pass costs about a tile.
   const auto cost = [&](int32_t i) {
-    int64_t tiles = 0;
-    for (int32_t p = passes[i].piece_begin; p < passes[i].piece_end; ++p)
-      tiles += pieces[p].end_tile - pieces[p].first_tile + 1;  // entering costs about a tile
-    return tiles;
+    return int64_t(passes[i].end_tile) - passes[i].first_tile + 1;
   };
   int64_t total = 0;
   for (int32_t i = begin; i < end; ++i) total += cost(i);
@@ -197,13 +113,9 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
   std::vector<Item> items;
   std::vector<Merge> merges;
   std::vector<Pass> passes;
-  std::vector<Piece> pieces;
-  std::vector<int32_t> first_pass{0};  // of each row group
-  const std::vector<int32_t> numbers = number_passes(plan, kv_heads);
-  for (int32_t g = 0; g < plan.num_groups; ++g) {
-    list_passes(plan, plan.groups[g], group, numbers, passes, pieces);
-    first_pass.push_back(int32_t(passes.size()));
-  }
+  passes.reserve(plan.num_visits);
+  for (int32_t v = 0; v < plan.num_visits; ++v)
+    passes.push_back(make_pass(plan, plan.visits[v], group));
 
   int64_t runs_wanted =
       ceil_div(ITEMS_WANTED, std::max<int64_t>(1, int64_t(plan.num_groups) * kv_heads));
@@ -219,9 +131,9 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
       for (int32_t p = group_rows.part_begin; p < group_rows.part_end; ++p)
         tokens = std::max(tokens, plan.query_lengths[plan.parts[p].worker]);
       most_rows_ = std::max(most_rows_, count);
-      int32_t begin = first_pass[g];
-      const int32_t last = first_pass[g + 1];
-      const std::vector<int32_t> ends = cut_passes(passes, pieces, begin, last, runs_wanted);
+      int32_t begin = group_rows.visit_begin;
+      const int32_t last = group_rows.visit_end;
+      const std::vector<int32_t> ends = cut_passes(passes, begin, last, runs_wanted);
       if (ends.size() <= 1) {
         const bool many = last - begin > 1;
         items.push_back({begin, last, group_rows.row_begin, count, many ? int32_t(slot_rows_) : 0,
@@ -231,7 +143,7 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
       }
       const int64_t first_slot = slot_rows_;
       for (int32_t end : ends) {
-        const bool first = begin == first_pass[g];
+        const bool first = begin == group_rows.visit_begin;
         items.push_back({begin, end, group_rows.row_begin, count, int32_t(slot_rows_),
                          first ? FOLDS : STORES, tokens, 0});
         slot_rows_ += int64_t(first ? 1 : end - begin) * count;
@@ -242,15 +154,11 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
     }
     if (runs_wanted == 1 || slot_rows_ * kv_heads <= MOST_SLOT_ROWS) break;
   }
-  const auto first_key = [&](const Item& item) {
-    const Piece& piece = pieces[passes[item.pass_begin].piece_begin];
-    return std::pair(piece.segment, piece.begin);
-  };
   // Row groups that read the same keys sit side by side, so that they meet in the L2 cache.
   std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
     const bool empty_a = a.pass_begin == a.pass_end, empty_b = b.pass_begin == b.pass_end;
     if (empty_a || empty_b) return !empty_a && empty_b;
-    return first_key(a) < first_key(b);
+    return plan.visits[a.pass_begin].chunk < plan.visits[b.pass_begin].chunk;
   });
 
   rows.resize(plan.num_groups ? plan.groups[plan.num_groups - 1].row_end : 0);
@@ -280,7 +188,6 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
   num_items_ = int32_t(items.size());
   num_merges_ = int32_t(merges.size());
   num_tokens_ = plan.num_tokens;
-  num_passes_ = int32_t(passes.size());
 
   const int64_t half = plan.half_rotary;
   Header header{};
@@ -296,7 +203,6 @@ Tables::Tables(const PlanView& plan, int32_t kv_heads, int32_t group, int32_t pa
   header.items = writer.put(items);
   header.merges = writer.put(merges);
   header.passes = writer.put(passes);
-  header.pieces = writer.put(pieces);
   header.rows = writer.put(rows);
   header.offsets = writer.put(plan.offsets, W * S);
   header.tile_pages = writer.put(plan.tile_pages, plan.tile_pages ? plan.num_tiles : 0);

@@ -3,17 +3,15 @@
 //
 // Work is cut like this, for one KV head (every head has the same items):
 //
-//     chunks of the plan, in list order:   |a a a a|a a a|b|c|d d|   of segments a, b, c, d
-//     passes of a row group:                   p0     p1     p2      one partial result each
-//     their pieces:                            a      a    b c d     short neighbours share a pass
-//     items (one block each):              [   0: folds  ][  1  ]
-//     partial results (slots):                     s0        s1
+//     passes of a row group, in list order:     p0  p1  p2  p3  p4  p5  p6
+//     items (one block each):                  [ 0:  folds  ][ 1    ][ 2    ]
+//     partial results (slots):                       s0        s1  s2  s3  s4
 //
-// The first item folds its passes, the others store the result of each pass; the merge folds all of
-// it from left to right. The result of a row is the same left fold wherever items are cut. A group
-// that has one item only writes its output itself. Which chunks share a pass is a function of Hkv
-// and of the lengths of the segments alone; a pass has only those pieces that some row of the group
-// sees.
+// A pass is a visit of the plan: the row group against a chunk of one segment. The first item folds
+// its passes, the others store the result of each; the merge folds all of it from left to right.
+// The result of a row is the same left fold wherever the cuts are. A group that has one item only
+// writes its output itself. Short neighbours could share a pass and a partial result; but then a
+// segment between them would change the bits of rows that do not see it.
 
 #pragma once
 
@@ -33,7 +31,6 @@ struct Header {
   int32_t merges;  // Merge [num_merges]
   int32_t rows;  // Row [rows of all groups, then those of padding]
   int32_t passes;  // Pass [passes]
-  int32_t pieces;  // Piece [pieces]
   int32_t offsets;  // int32 [W, S]
   int32_t tile_pages;  // int32 [tiles], for pages
   int32_t segments;  // SegmentRows [S], for plain tensors
@@ -77,21 +74,16 @@ struct Row {
   int32_t head;
 };
 
-// A row group's pass over some keys, for one partial result.
+// A row group against keys [begin, end) of a segment, begin at a tile's first key. Tiles are
+// counted from there: those before first_tile and from end_tile on are seen by nobody, and of
+// [whole_begin, whole_end) every row that sees any of the keys sees all.
 struct alignas(16) Pass {
-  int32_t piece_begin, piece_end;
-  uint32_t seen_by[2];  // bit r: row r of the group sees a key of it
-};
-
-// Keys [begin, end) of a segment, begin at a tile's first key. Tiles are counted from there: those
-// before first_tile and from end_tile on are seen by nobody, and of [whole_begin, whole_end) every
-// row that sees anything of the pass sees every key.
-struct alignas(16) Piece {
   int32_t segment;
   int32_t begin, end;
   int32_t tile;  // index of the first one in tile_pages
   int32_t first_tile, end_tile;
   int32_t whole_begin, whole_end;
+  uint32_t seen_by[2];  // bit r: row r of the group sees a key
 };
 
 struct MoveHeader {

@@ -46,25 +46,26 @@ class Instructions:
     """Warp instructions of an attention block, for one KV head."""
 
     token: float  # for each key and value loaded
-    piece: float  # for each run of keys: rotating the queries, filling the ring, storing the result
+    run: float  # for each run of keys: rotating the queries, filling the ring, storing the result
 
 
-# By (head_dim, row tiles): instructions of the PTX, from runs on the emulated GPU; those of a piece
-# vary by a tenth with what else the block does. What ptxas makes of the PTX differs.
+# By (head_dim, row tiles). Of a token: the main loop as ptxas makes it for sm_90 (see
+# bench/counted_work.py). Of a run: what else a block with one run does, in PTX without moves
+# between registers, three quarters of its rows in use.
 INSTRUCTIONS = {
-    (64, 1): Instructions(12.7, 2400),
-    (64, 2): Instructions(20.2, 3200),
-    (64, 4): Instructions(38.9, 6100),
-    (96, 1): Instructions(14.9, 3000),
-    (96, 2): Instructions(23.2, 4300),
-    (96, 4): Instructions(44.1, 8000),
-    (128, 1): Instructions(16.6, 3300),
-    (128, 2): Instructions(25.6, 4700),
-    (128, 4): Instructions(48.3, 8700),
-    (256, 1): Instructions(24.8, 4900),
-    (256, 2): Instructions(40.7, 6800),
+    (64, 1): Instructions(9.44, 2000),
+    (64, 2): Instructions(13.9, 2600),
+    (64, 4): Instructions(26.8, 5300),
+    (96, 1): Instructions(10.3, 2300),
+    (96, 2): Instructions(15.3, 3300),
+    (96, 4): Instructions(29.0, 6500),
+    (128, 1): Instructions(11.8, 2400),
+    (128, 2): Instructions(17.3, 3300),
+    (128, 4): Instructions(32.5, 6600),
+    (256, 1): Instructions(16.4, 3200),
+    (256, 2): Instructions(25.8, 4500),
 }
-APPEND_BLOCK = 620  # warp instructions, likewise
+APPEND_BLOCK = 620  # warp instructions of the PTX
 MERGE_ROW, MERGE_SLOT = 700, 150
 
 
@@ -132,7 +133,7 @@ def _waves(work: LayerWork, gpu: Gpu) -> list[tuple[int, float, float, float]]:
             heads = min(last, (i + 1) * kv_heads) - max(first, i * kv_heads)
             for keys in item.keys:
                 read[keys] = max(read.get(keys, 0), heads)
-            issued += heads * (item.tiles * TILE * costs.token + item.pieces * costs.piece)
+            issued += heads * (item.tiles * TILE * costs.token + item.passes * costs.run)
             mma += heads * item.mma
         moved += key_bytes * sum((end - begin) * heads for (_, begin, end), heads in read.items())
         waves.append((last - first, moved, issued, mma))

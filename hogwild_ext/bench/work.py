@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 # ---- tables, as csrc/cuda/tables.h lays them out ----------------------------------------------
 
 _ARRAYS = (
-    "items", "merges", "rows", "passes", "pieces", "offsets", "tile_pages", "segments", "slots",
+    "items", "merges", "rows", "passes", "offsets", "tile_pages", "segments", "slots",
     "offset_angles", "token_angles", "key_angles",
 )  # fmt: skip
 _HEADER = np.dtype(
@@ -50,10 +50,11 @@ _ITEM = _ints(
 )  # fmt: skip
 _MERGE = _ints("row_begin", "row_count", "slot_row", "num_slots")
 _ROW = _ints("worker", "token", "index", "head")
-_PASS = np.dtype([("piece_begin", "<i4"), ("piece_end", "<i4"), ("seen_by", "<u8")])
-_PIECE = _ints(
-    "segment", "begin", "end", "tile", "first_tile", "end_tile", "whole_begin", "whole_end"
-)
+_PASS = np.dtype(
+    [(name, "<i4") for name in (
+        "segment", "begin", "end", "tile", "first_tile", "end_tile", "whole_begin", "whole_end"
+    )] + [("seen_by", "<u8"), ("padding", "<u8")]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class StepTables:
     merges: Array
     rows: Array
     passes: Array
-    pieces: Array
     most_rows: int
 
     @staticmethod
@@ -85,7 +85,6 @@ class StepTables:
             array("merges", _MERGE, header["num_merges"]),
             array("rows", _ROW, rows),
             passes,
-            array("pieces", _PIECE, int(passes["piece_end"].max(initial=0))),
             tables.most_rows,
         )
 
@@ -141,7 +140,7 @@ class AttentionKernel:
     def shared_bytes(self, shared_of_processor: int) -> int:
         """Dynamic shared memory of a block, on a GPU with so many bytes a multiprocessor."""
         rows, dim = 16 * self.row_tiles, self.head_dim
-        others = 2 * rows * (dim + TILE) + 48 * rows
+        others = 2 * rows * (dim + TILE) + 64 * rows
         for blocks in (2, 1):  # a multiprocessor; the longest ring of tiles that leaves the room
             for ring in (4, 3, 2):
                 size = ring * TILE * 2 * dim + others
@@ -163,7 +162,7 @@ SMALL_WARPS = 4  # of a block of the append and merge kernels
 # Sectors of the small tables (header, items, passes, pages, limits) that a warp loads, as runs of
 # the kernels show: few beside the keys and values. Only these, and where the statistics of partial
 # results begin within a sector, are not exact.
-_BLOCK_LOADS, _PASS_LOADS, _PIECE_LOADS, _TILE_LOADS = 16, 16, 7, 1
+_BLOCK_LOADS, _PASS_LOADS, _TILE_LOADS = 16, 16, 1
 _OUTPUT_LOADS = 6  # for each row that a block writes
 _APPEND_LOADS, _APPEND_ROW_LOADS = 3, 4  # of a warp in any block, and of one with dimensions to do
 _MERGE_LOADS, _MERGE_ROW_LOADS = 5, 6  # of a warp in any block, and in one with a row to do
@@ -186,7 +185,6 @@ class ItemWork:
     tiles: int  # of keys, and as many of values
     kv_rows: int
     passes: int
-    pieces: int
     segments: int  # that the queries are rotated for
     load_sectors: int
     store_sectors: int
@@ -199,12 +197,10 @@ def count_item(tables: StepTables, kernel: AttentionKernel, item: Any) -> ItemWo
     """The work of one item, for one KV head."""
     rows = tables.rows[item["row_begin"] : item["row_begin"] + item["row_count"]]
     passes = tables.passes[item["pass_begin"] : item["pass_end"]]
-    first = passes["piece_begin"][0] if len(passes) else 0
-    pieces = tables.pieces[first : passes["piece_end"].max(initial=0)]  # pass after pass
     dim = kernel.head_dim
-    begin = pieces["begin"] + pieces["first_tile"] * TILE
-    end = np.minimum(pieces["begin"] + pieces["end_tile"] * TILE, pieces["end"])
-    tiles = int((pieces["end_tile"] - pieces["first_tile"]).sum())
+    begin = passes["begin"] + passes["first_tile"] * TILE
+    end = np.minimum(passes["begin"] + passes["end_tile"] * TILE, passes["end"])
+    tiles = int((passes["end_tile"] - passes["first_tile"]).sum())
     kv_rows = int((end - begin).sum())
 
     row = np.arange(len(rows), dtype=np.uint64)
@@ -226,24 +222,21 @@ def count_item(tables: StepTables, kernel: AttentionKernel, item: Any) -> ItemWo
         if what == WRITES_OUTPUT:
             stores += len(rows) * dim // 8  # 16 bytes of a row at a time
 
-    segments = int(np.count_nonzero(np.diff(pieces["segment"], prepend=-1)))
+    segments = int(np.count_nonzero(np.diff(passes["segment"], prepend=-1)))
     loads = 2 * kv_rows * dim * ELEMENT_SIZE // SECTOR + folds
     loads += segments * _query_sectors(rows, dim, int(item["worker_tokens"]))
     loads += -(-len(rows) * 16 // SECTOR) + (what == WRITES_OUTPUT) * len(rows) * _OUTPUT_LOADS
-    loads += kernel.warps * (
-        _BLOCK_LOADS + len(passes) * _PASS_LOADS + len(pieces) * _PIECE_LOADS + tiles * _TILE_LOADS
-    )
+    loads += kernel.warps * (_BLOCK_LOADS + len(passes) * _PASS_LOADS + tiles * _TILE_LOADS)
     return ItemWork(
         tiles,
         kv_rows,
         len(passes),
-        len(pieces),
         segments,
         loads,
         stores,
         partial_rows,
         tiles * kernel.row_tiles * dim,
-        tuple(zip(pieces["segment"].tolist(), begin.tolist(), end.tolist(), strict=True)),
+        tuple(zip(passes["segment"].tolist(), begin.tolist(), end.tolist(), strict=True)),
     )
 
 
