@@ -8,7 +8,8 @@ one issue slot. Nothing here is a time.
     main loop     what one more key costs, all rows of a pass together: the difference of two runs
                   that differ in the segment's length only
     fixed cost    what a block costs beside its keys, and what each further segment costs at equal
-                  keys: a least-squares fit over layouts of 1 to 1,000 segments
+                  keys, with a partial result of its own. Moves between registers, of which PTX is
+                  full and ptxas leaves few, are told apart
 
 Prints tables of Markdown, with the limit beside each figure, and ends in 1 if one is exceeded.
 """
@@ -16,10 +17,10 @@ Prints tables of Markdown, with the limit beside each figure, and ends in 1 if o
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
-import numpy as np
 from emulated import Heads, Work, attend, make_tables
-from kernels import TILE, kernels, main_loop
+from kernels import kernels, main_loop
 
 HEADS = Heads("bfloat16", dim=128, kv_heads=8, group=5)  # Qwen's 40 query heads
 PASS = 64  # rows that share one pass over the keys, at most
@@ -93,25 +94,26 @@ def print_main_loop() -> None:
 
 def print_fixed_cost() -> None:
     print("\n## Fixed cost, warp instructions (PTX)\n")
-    head("rows", "a block with one segment", "each further segment", "largest error of the fit")
-    lengths = [[n] for n in (256, 2048, 8192, 16384)]
-    lengths += [[total // n] * n for total in (2048, 16384) for n in (2, 16, 128)]
-    lengths += [[128] * 200, [64] * 500, [16] * 1000, [1] * 1000]
-    for workers in (1, 3, 6):
-        work = [attend(HEADS, workers, n) for n in lengths]
-        tiles = [sum(-(-n // TILE) for n in ns) * HEADS.kv_heads for ns in lengths]
-        terms = np.array(
-            [[w.blocks, w.visits - w.blocks, t] for w, t in zip(work, tiles, strict=True)]
-        )
-        counted = np.array([w.instructions for w in work])
-        # Relative errors count, so that small layouts have their say.
-        (block, segment, tile), *_ = np.linalg.lstsq(terms / counted[:, None], np.ones(len(work)))
-        error = np.abs(terms @ (block, segment, tile) / counted - 1).max()
+    head("rows", "a block with one segment", "each further segment", "both without moves")
+    # So many KV heads that each has one block, which takes all segments.
+    one_block = replace(HEADS, kv_heads=1056)
+    for workers in (1, 3, 4, 6):
+        chunks = 33  # blocks of a head
+        short, long = (attend(HEADS, workers, [chunks * n]) for n in (512, 1024))
+        one, eight = (attend(one_block, workers, [512 // n] * n) for n in (1, 8))
+        assert short.blocks == long.blocks and one.blocks == eight.blocks
+
+        def costs(name: str, runs: tuple[Work, ...] = (short, long, one, eight)) -> list[float]:
+            a, b, c, d = (getattr(work, name) / work.blocks for work in runs)
+            return [2 * a - b, (d - c) / 7]
+
+        block, segment = costs("instructions")
+        without_moves = ", ".join(f"{cost:,.0f}" for cost in costs("computing"))
         row(
             workers * HEADS.group,
             limited(block, MOST_FIXED),
             limited(segment, MOST_A_SEGMENT),
-            f"{100 * error:.1f}%",
+            without_moves,
         )
 
 

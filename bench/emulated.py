@@ -5,16 +5,18 @@ To be imported before hogwild_ext.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from emulator import session
+from emulator import build, session
 
 EMULATED = session.start(90)
 
@@ -42,10 +44,28 @@ class Work:
     passes: int  # of all blocks
     keys: int  # times KV heads
     instructions: int  # of warps
+    computing: int  # the same without moves between registers
     sectors: int
     wavefronts: int
     least_wavefronts: int
     mma: int
+
+
+@cache
+def _lines_of_moves(kernel: str) -> list[int]:
+    """Lines of the PTX that move a register to another one, from 0."""
+    move = re.compile(r"\s*(?:@\S+\s+)?mov\.\w+\s+%[a-z]+\d+, %[a-z]+\d+;")
+    for path in build.build(90).ptx:
+        text = path.read_text()
+        if f".entry {kernel}(" in text:
+            return [n for n, line in enumerate(text.split("\n")) if move.match(line)]
+    raise ValueError(f"no PTX of {kernel}")
+
+
+def _moves(kernel: str) -> int:
+    """So many of them have run so far."""
+    counts = EMULATED.engine.line_counts(kernel)
+    return sum(counts[n + 1] for n in _lines_of_moves(kernel) if n + 1 < len(counts))
 
 
 def make_plan(heads: Heads, workers: int, lengths: Sequence[int]) -> _C.Plan:
@@ -98,13 +118,16 @@ def attend(heads: Heads, workers: int, lengths: Sequence[int]) -> Work:
         )  # fmt: skip
         attention = next(call for call in runtime.calls() if call.is_launch)
         engine.clear_counters()
+        before = _moves(attention.name)
         runtime.replay([attention])  # once more, by itself
         counted = engine.counters()
+        moves = _moves(attention.name) - before
     return Work(
         blocks=attention.grid[0],
         passes=sum(map(len, plan.visits)) * heads.kv_heads,
         keys=sum(lengths) * heads.kv_heads,
         instructions=counted.warp_instructions,
+        computing=counted.warp_instructions - moves,
         sectors=counted.load_sectors,
         wavefronts=counted.wavefronts,
         least_wavefronts=counted.least_wavefronts,
