@@ -28,7 +28,8 @@ for profile, examples in (("quick", 25), ("ci", 150), ("thorough", 1500)):
     hypothesis.settings.register_profile(
         profile, max_examples=examples, deadline=None, print_blob=True
     )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+usual = "quick" if EMULATED else "ci"
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
 
 
 def pytest_configure(config: pytest.Config) -> None:

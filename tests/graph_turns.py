@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import hogwild_ext as hx
 from hogwild_ext.cache import Segment, SegmentCache
+from hogwild_ext.step import Step
 
 LAYERS, KV_HEADS, HEADS, DIM = 2, 2, 6, 64
 INV_FREQ = 1e4 ** (-torch.arange(0, DIM, 2) / DIM)
@@ -37,7 +37,7 @@ class Model:
             tensor.fill_(torch.nan)
             tensor[:tokens] = torch.randn((tokens, *tensor.shape[1:]), generator=generator)
 
-    def attend(self, step: hx.Step, tokens: int) -> None:
+    def attend(self, step: Step, tokens: int) -> None:
         for layer in range(LAYERS):
             rows = [t[layer][:tokens] for t in (self.query, self.key, self.value)]
             step.attend(layer, *rows, out=self.out[layer][:tokens])

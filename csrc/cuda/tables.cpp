@@ -11,8 +11,9 @@ namespace hogwild::cuda {
 
 namespace {
 
-// Partial results beyond this much are not worth the memory: then items fold more passes.
-constexpr int64_t MOST_SLOT_ROWS = int64_t(1) << 20;
+// Partial results beyond this much (1 GB with 128 dimensions) are not worth the memory: then items
+// fold more passes. 64 workers at 64K tokens stay below it with 128 blocks or more.
+constexpr int64_t MOST_SLOT_ROWS = int64_t(1) << 21;
 
 constexpr int64_t ALIGNMENT = 16;
 
