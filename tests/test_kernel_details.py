@@ -90,7 +90,7 @@ def test_lse_is_of_probabilities_that_nobody_rounded(
     assert_lse_matches(case.run()[1], case.reference()[1], torch.float32)
 
 
-# A pass is 2 tiles long until a GPU is full; with so many KV heads there is one pass.
+# A pass is 2 tiles long until a GPU is full; with so many KV heads it is a whole segment.
 KV_HEADS = 264
 
 
