@@ -171,10 +171,10 @@ SYNCHRONISATION = [
         "= top;\n    }",
     ),
     Fault(
-        "float32: no barrier between scores of keys and loading values over the keys",
+        "float32: no barrier between loading rows and reading them",
         "attention_f32.cuh",
-        "shrinks[row] = shrink;\n    }\n    __syncthreads();",
-        "shrinks[row] = shrink;\n    }",
+        "from[r], head);\n    __syncthreads();",
+        "from[r], head);",
     ),
     Fault(
         "float32: no barrier between accumulating and loading keys over the values",
