@@ -38,6 +38,7 @@ OP = (
     "test_op_oracle.py::test_any_layout",
     "test_op_oracle.py::test_ugly_sizes[2-dtype1]",
     "test_kernel_details.py::test_fewer_blocks_than_work",
+    "test_kernel_details.py::test_a_block_turns_its_queries_for_every_segment",
     "test_kernel_details.py::test_rotation_does_not_depend_on_how_the_query_lies",
     "test_kernel_details.py::test_windows_that_end_at_every_key_around_a_tiles_edge",
     "test_kernel_details.py::test_lse_is_of_probabilities_that_nobody_rounded",

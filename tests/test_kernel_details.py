@@ -49,6 +49,16 @@ def test_same_bits_where_a_block_folds_several_partial_results(
         assert_same_bits(lse[:, token : token + 1], alone_lse, "lse")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_turns_its_queries_for_every_segment(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """So many heads leave several segments to a block: 30 of them, 16 blocks a head."""
+    views = [list(range(30)), [*range(29, -1, -1)]]
+    case = random_case(generator, dtype, views, [1, 2, 3] * 10, [1, 1], kv_heads=66, group=1)
+    assert_case(case)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shift", "tokens"), [(1, 1), (2, 1), (1, 40)])
 def test_rotation_does_not_depend_on_how_the_query_lies(
