@@ -604,9 +604,35 @@ FOLDS = [
     ),
     Fault(
         "the weights of a fold are swapped",
+        "attention.cuh",
+        "x[2 * half] = __fmaf_rn(before.x, w.kept, __fmul_rn(x[2 * half], w.added));",
+        "x[2 * half] = __fmaf_rn(before.x, w.added, __fmul_rn(x[2 * half], w.kept));",
+    ),
+    Fault(
+        "float32: the weights of a fold are swapped",
         "types.cuh",
         ": __fmaf_rn(a, w.kept, __fmul_rn(b, w.added));",
         ": __fmaf_rn(a, w.added, __fmul_rn(b, w.kept));",
+        compiled="attention_f32.cu",
+    ),
+    Fault(
+        "the merge swaps the weights of a fold",
+        "types.cuh",
+        ": __fmaf_rn(a, w.kept, __fmul_rn(b, w.added));",
+        ": __fmaf_rn(a, w.added, __fmul_rn(b, w.kept));",
+        compiled="launch.cu",
+    ),
+    Fault(
+        "a fold loses what was there if a pass adds nothing",
+        "attention.cuh",
+        "x[2 * half + 1] = before.y;",
+        "",
+    ),
+    Fault(
+        "every pass folds into the result of the first",
+        "attention.cuh",
+        "folded[(i + 1) % 2 * S::ROWS + row] =",
+        "folded[row] =",
     ),
     Fault(
         "a fold's sum forgets the smaller maximum",

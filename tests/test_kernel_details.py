@@ -27,26 +27,23 @@ def assert_case(case: Case) -> None:
 def test_same_bits_where_a_block_folds_several_partial_results(
     dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """So many rows and heads fill a GPU without a block for every partial result: three of them,
-    two blocks. A token alone leaves each to a block of its own."""
+    """So many rows and heads fill a GPU without a block for every partial result: two blocks take
+    three of them. A worker alone leaves each to a block of its own."""
     rows_of_a_block = 16 if dtype == torch.float32 else 64
-    kv_heads, group, blocks = 88, 8, 6
-    tokens = rows_of_a_block * blocks // group
+    kv_heads, group, blocks, tokens = 88, 4, 6, 2
+    workers = rows_of_a_block * blocks // (group * tokens)
     case = random_case(
-        generator, dtype, [[0, 1, 2]], [100, 64, 70], [tokens],
-        kv_heads=kv_heads, group=group, rotary_dim=0,
+        generator, dtype, [[0, 1, 2]] * workers, [100, 64, 70], [tokens] * workers,
+        kv_heads=kv_heads, group=group,
     )  # fmt: skip
+    # At -1 the first token sees nothing of a segment, and the second one its first key.
+    offsets = [[232, 132, 68], [-1, 40, 99], [98, -1, 162], [168, 98, -1]]
+    case = replace(case, offsets=[offsets[w % 4] for w in range(workers)])
     out, lse = case.run()
-    for token in (0, tokens - 1):  # without a rotation it may as well be a first token
-        alone = replace(
-            case,
-            query=case.query[:, token : token + 1],
-            offsets=[[offset + token for offset in case.offsets[0]]],
-            options={**case.options, "query_lengths": None},
-        )
-        alone_out, alone_lse = alone.run()
-        assert_same_bits(out[:, token : token + 1], alone_out, "out")
-        assert_same_bits(lse[:, token : token + 1], alone_lse, "lse")
+    for w in (0, 1, 2, workers - 1):
+        alone_out, alone_lse = case.worker(w).run()
+        assert_same_bits(out[w : w + 1], alone_out, "out")
+        assert_same_bits(lse[w : w + 1], alone_lse, "lse")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
