@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from typing import Literal
 import hypothesis
 import pytest
 
-from emulator.build import CSRC
+from emulator.build import CSRC, cache_folder
 
 TESTS = Path(__file__).resolve().parent
 SECONDS = 900  # for the tests of one fault, on however busy a machine
@@ -838,13 +839,25 @@ class Outcome:
     words: str
 
 
-def run_tests(tests: Sequence[str], csrc: Path) -> Outcome:
+@contextmanager
+def passing_cache() -> Iterator[Path]:
+    """A cache of builds that knows what is built already, and takes what is built of faults with
+    it when it goes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for built in cache_folder().iterdir():
+            if built.is_dir():
+                (Path(folder) / built.name).symlink_to(built)
+        yield Path(folder)
+
+
+def run_tests(tests: Sequence[str], csrc: Path, cache: Path) -> Outcome:
     """The tests on an emulated GPU built from `csrc`, up to the first that fails."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "faults"]
     environment = {
         **os.environ,
         "HOGWILD_EMULATE": "1",
         "HOGWILD_EMULATE_CSRC": str(csrc),
+        "HOGWILD_EMULATOR_CACHE": str(cache),
         "HOGWILD_TEST_SEED": "1",
         "COLUMNS": "1000",  # where pytest cuts off the lines of its summary
     }
@@ -867,7 +880,7 @@ def run_tests(tests: Sequence[str], csrc: Path) -> Outcome:
     return Outcome("failed", f"{test[1]}: {words}")
 
 
-def try_fault(fault: Fault) -> Outcome:
+def try_fault(fault: Fault, cache: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
         shutil.copytree(CSRC, copy)
@@ -879,7 +892,7 @@ def try_fault(fault: Fault) -> Outcome:
         for unit in copy.glob("cuda/*.cu"):
             if unit.name != (fault.compiled or COMPILED.get(fault.file)):
                 unit.write_text(f'#include "{CSRC / "cuda" / unit.name}"\n')
-        outcome = run_tests(fault.tests, copy)
+        outcome = run_tests(fault.tests, copy, cache)
         return replace(outcome, words=f"{fault.file}:{line}: {outcome.words}")
 
 
@@ -903,10 +916,10 @@ def main() -> int:
         return bool(stale)
 
     began = time.monotonic()
-    with ThreadPoolExecutor(given.jobs) as pool:
+    with passing_cache() as cache, ThreadPoolExecutor(given.jobs) as pool:
         every = dict.fromkeys(test for fault in faults for test in fault.tests)
-        without = pool.submit(run_tests, list(every), CSRC)
-        tried = [pool.submit(try_fault, fault) for fault in faults]
+        without = pool.submit(run_tests, list(every), CSRC, cache)
+        tried = [pool.submit(try_fault, fault, cache) for fault in faults]
         sound = without.result()
         print(f"no fault: {sound.words}", flush=True)
         if sound.verdict != "passed":

@@ -360,7 +360,7 @@ def test_errors_are_one_line(
         (["run", "--seed", "x"], "--seed.*expected a whole number, got 'x'"),
         (["run", "--json", "--plain"], "not allowed with"),
         (["run", "two", "words"], "unrecognized arguments: words"),
-        (["bench"], "invalid choice: 'bench'"),
+        (["bench"], "required: WHAT"),
         ([], "COMMAND"),
     ],
 )

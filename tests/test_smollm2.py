@@ -1,8 +1,10 @@
 """The default model, SmolLM2-135M-Instruct: real weights, a real text, real generation.
 
-Its logits reach 39. At position 2,000 transformers' angles in float32 move them by 5e-4, so the
-limit of 1e-4 is drawn around the same model with angles in float64 (see `exact_angles`), and only
-the one of 1e-3 around the model as it is.
+Its logits reach 39, where float32 is coarse. At position 2,000 transformers' angles in float32 move
+them by 5e-4, so all limits but the loose one of 1e-3 are drawn around the same model with angles in
+float64 (see `exact_angles`). And reading a text token by token instead of at once, which gives the
+linear layers other shapes, moves the unpatched model's own logits by up to 1.7e-4 on some CPUs. So
+over the long text the patched model's distance from float64 is held against the unpatched one's.
 """
 
 from __future__ import annotations
@@ -55,11 +57,19 @@ def plain(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def exact(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """The same with angles in float64."""
-    hx.unpatch(model)
+def exact(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """The same with everything in float64."""
+    model = load(folder, torch.float64)
     with exact_angles(model):
         return plain_logits(model, tokens)
+
+
+@pytest.fixture(scope="module")
+def rounding(model: transformers.PreTrainedModel, tokens: list[int], exact: torch.Tensor) -> float:
+    """How far float32 alone, angles in float64, takes the unpatched model's logits from `exact`."""
+    hx.unpatch(model)
+    with exact_angles(model):
+        return (plain_logits(model, tokens) - exact).abs().max().item()
 
 
 def perplexity(logits: torch.Tensor, tokens: list[int]) -> float:
@@ -78,6 +88,7 @@ def test_perplexity_of_a_text_read_in_chunks(
     tokens: list[int],
     plain: torch.Tensor,
     exact: torch.Tensor,
+    rounding: float,
     chunk: int,
     segments: int,
 ) -> None:
@@ -93,7 +104,7 @@ def test_perplexity_of_a_text_read_in_chunks(
     expected = perplexity(plain, tokens)
     assert 5 < expected < 50  # it knows English
     assert abs(perplexity(logits, tokens) - expected) < 1e-3
-    assert_logits(logits, exact, PROMISED)
+    assert_logits(logits, exact, max(PROMISED, 2 * rounding))
     assert_logits(logits, plain, AS_IT_IS)
 
 
