@@ -29,8 +29,13 @@ LIMITS = {
 
 # The worst element may miss by this many times the norm's limit, measured against the larger of
 # the element itself and the root mean square of its row: rounding to the storage type alone
-# reaches 1, and a row that cancels adds a little.
-WORST = 8.0
+# reaches 1, and in a row of two or three keys an error of a probability goes into every element,
+# times the difference of the values.
+WORST = 10.0
+
+# Fewer rows than this have no average to speak of: rounding the query, the probabilities and the
+# output may go the same way in all of them, and go well in the eager reference.
+A_FEW_ROWS = 8
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,7 +56,8 @@ def assert_out_near(
     limit = LIMITS[out.dtype].out
     error = relative_error(out, expected)
     if error > limit:
-        limit = max(limit, 2 * relative_error(eager(), expected))
+        few = out.numel() < A_FEW_ROWS * out.shape[-1]
+        limit = max(2 * limit if few else limit, 2 * relative_error(eager(), expected))
     assert_close(out, expected, relative=limit, name="out")
     return error / LIMITS[out.dtype].out
 
