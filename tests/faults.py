@@ -43,6 +43,7 @@ OP = (
     "test_kernel_details.py::test_rotation_does_not_depend_on_how_the_query_lies",
     "test_kernel_details.py::test_windows_that_end_at_every_key_around_a_tiles_edge",
     "test_kernel_details.py::test_lse_is_of_probabilities_that_nobody_rounded",
+    "test_op_oracle.py::test_a_row_that_sees_one_key_gets_its_value",
     "test_cache.py::test_attend_is_the_op_over_what_is_stored[plain-dtype1]",
     "test_op_nonfinite.py::test_nan_in_tiles_ahead",
     "test_op_nonfinite.py::test_nan_in_tiles_behind_the_window",
@@ -507,11 +508,17 @@ SOFTMAX = [
         "out[tile][n][e] *= shrink[e % 2];",
     ),
     Fault(
-        "sums of rounded probabilities",
-        "attention.cuh",
-        "row_sum[tile][half] += (p[0] + p[1]) + (p[2] + p[3]);",
-        "for (float& x : p) x = T::widen(T::narrow(x));\n"
-        "        row_sum[tile][half] += (p[0] + p[1]) + (p[2] + p[3]);",
+        "float16: sums of probabilities before they are rounded",
+        "types.cuh",
+        "static constexpr bool SUMS_ROUNDED = true;",
+        "static constexpr bool SUMS_ROUNDED = false;",
+    ),
+    Fault(
+        "bfloat16: sums of rounded probabilities",
+        "types.cuh",
+        "static constexpr bool SUMS_ROUNDED = false;",
+        "static constexpr bool SUMS_ROUNDED = true;",
+        compiled="attention_bf16.cu",
     ),
     Fault(
         "float16: probabilities are not raised",

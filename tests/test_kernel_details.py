@@ -87,12 +87,13 @@ def test_windows_that_end_at_every_key_around_a_tiles_edge(
     assert_case(replace(case, offsets=[[p] for p in positions]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_lse_is_of_probabilities_that_nobody_rounded(
-    window: int, dtype: torch.dtype, generator: torch.Generator
+    window: int, generator: torch.Generator
 ) -> None:
-    """Queries that are not rotated are not rounded either: then lse is as exact as float32's."""
+    """bfloat16's: queries that are not rotated are not rounded either: then lse is as exact as
+    float32's. (float16 sums what its tensor cores multiply.)"""
+    dtype = torch.bfloat16
     case = random_case(generator, dtype, [[0], [0]], [150], [20, 1], rotary_dim=0, window=window)
     assert_lse_matches(case.run()[1], case.reference()[1], torch.float32)
 

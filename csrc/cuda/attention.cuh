@@ -496,11 +496,17 @@ struct Attention {
         for (int i = 0; i < 4; ++i)
           p[i] =
               exp2_fast(__fmaf_rn(score[tile][i / 2][2 * half + i % 2], scale, bias[tile][half]));
-        row_sum[tile][half] += (p[0] + p[1]) + (p[2] + p[3]);
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-          store_shared((probability_store ^ (n * 16)) + (tile * 16 + half * 8) * (TILE * 2),
-                       T::pack(p[2 * n], p[2 * n + 1]));
+        for (int n = 0; n < 2; ++n) {
+          const uint32_t pair = T::pack(p[2 * n], p[2 * n + 1]);
+          store_shared((probability_store ^ (n * 16)) + (tile * 16 + half * 8) * (TILE * 2), pair);
+          if constexpr (T::SUMS_ROUNDED) {
+            const float2 rounded = T::unpack(pair);
+            p[2 * n] = rounded.x;
+            p[2 * n + 1] = rounded.y;
+          }
+        }
+        row_sum[tile][half] += (p[0] + p[1]) + (p[2] + p[3]);
       }
   }
 

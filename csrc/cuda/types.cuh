@@ -25,6 +25,7 @@ constexpr float LOWEST = -1e33f;
 
 struct BFloat16 {
   using Element = __nv_bfloat16;
+  static constexpr bool SUMS_ROUNDED = false;
   static constexpr float PROBABILITY_BIAS = 0.f;
   static constexpr float QUERY_FACTOR = 1.f;
 
@@ -50,6 +51,9 @@ struct BFloat16 {
 
 struct Float16 {
   using Element = __half;
+  // The sum is that of the probabilities as the tensor cores see them: where a row sees one key, or
+  // hardly any other, rounding then cancels. For bfloat16, whose output is coarse, it does not pay.
+  static constexpr bool SUMS_ROUNDED = true;
   // Probabilities are multiplied by 2^10, so that those above 2^-24 are normal numbers, and queries
   // by 1/2, so that a rotation does not overflow. The sum and the scale take both out again.
   static constexpr float PROBABILITY_BIAS = 10.f;
