@@ -652,7 +652,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window": {"window": 70},
     "softcap": {"softcap": 3.0},
     "interleaved": {"interleaved": True},
-    "scale": {"scale": 2 * DIM**-0.5},
+    "scale": {"scale": 0.5 * DIM**-0.5},  # larger ones make rounding the query weigh more
     "no rotation": {"inv_freq": []},
     "values as wide as keys": {"value_dim": None},
 }

@@ -25,6 +25,8 @@ ISAS = {  # what each one needs of the processor, in the words of /proc/cpuinfo
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "amx": {"avx512_bf16", "amx_tile", "amx_bf16"},
 }
 
 

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "multiply.h"
 #include "pages.h"
 
 namespace {
@@ -26,28 +27,13 @@ using hogwild::cpu::WorkRange;
 // Row strides of the scratch arrays, off powers of two so that rows do not share cache sets.
 constexpr int DIM_STRIDE = MAX_DIM + 16;
 constexpr int SCORE_STRIDE = TILE + 16;
+constexpr int KEY_BLOCK = 16;  // scores are made for a multiple of this
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr double LN_2 = 0.69314718055994530942;
 
 // The reference that exponents are taken against follows the running maximum only when that has
 // moved by more than this (in powers of two): most tiles then rescale nothing.
 constexpr float RESCALE_AFTER = 6.f;
-
-// Register blocks: ROWS x vectors of accumulators, sized for the register file.
-#if HOGWILD_LANES == 16
-constexpr int MAX_ROWS = 12;                                          // of 32 registers
-constexpr int wide_vectors(int rows) { return rows > 6 ? 2 : 4; }
-#elif HOGWILD_LANES == 8
-constexpr int MAX_ROWS = 6;                                           // of 16
-constexpr int wide_vectors(int rows) { return rows > 2 ? 2 : 4; }
-#else
-constexpr int MAX_ROWS = 2;                                           // of 16, or NEON's 32
-constexpr int wide_vectors(int) { return 4; }
-#endif
-constexpr int BLOCK_VECTORS = KEY_BLOCK / LANES;                      // of one block of keys
-constexpr int narrow_vectors(int rows) {
-  return BLOCK_VECTORS < wide_vectors(rows) ? BLOCK_VECTORS : wide_vectors(rows);
-}
 
 struct Folded {
   alignas(64) float out[ROW_GROUP][DIM_STRIDE];  // weighted sums of values, not yet normalised
@@ -57,13 +43,14 @@ struct Folded {
 
 struct Scratch {
   alignas(64) float query[ROW_GROUP][DIM_STRIDE];
-  alignas(64) float rotated[ROW_GROUP][DIM_STRIDE];
-  alignas(64) float scores[ROW_GROUP][SCORE_STRIDE];
+  alignas(64) uint32_t rotated[ROW_GROUP][DIM_STRIDE];  // factors of keys, and their remainders
+  alignas(64) float scores[ROW_GROUP][SCORE_STRIDE];    // then weights, factors of values
   alignas(64) float lane_sums[ROW_GROUP][LANES];
   Folded chunk, result;
   int64_t position[ROW_GROUP];  // of each row, relative to the segment's first token
-  alignas(64) uint32_t keys[TILE * MAX_DIM];
+  alignas(64) uint32_t keys[TILE * MAX_DIM];  // of plain tensors, as in a page
   alignas(64) uint32_t values[TILE * MAX_DIM];
+  alignas(64) uint32_t last_value[MAX_DIM];  // words of a token without a second one
 };
 
 struct Run {
@@ -75,207 +62,15 @@ struct TilePlace {
   int begin;  // first key
 };
 
-struct KeyTile {
-  const uint32_t* units;  // [TILE / 16][units][16]
-  int64_t block_stride;
-  int64_t ahead;          // from here to the same place in the next tile, in bytes
-};
-
-struct ValueTile {
-  const char* rows;
-  int64_t stride;  // in bytes
-  int64_t ahead;
-};
-
-// Asks for what the next tile will read, one line for each that this one reads.
-HOGWILD_INLINE void prefetch(const void* p, int64_t ahead) {
-  __builtin_prefetch((const char*)p + ahead, 0, 2);
-}
-
-// ---- scores: rows x keys ------------------------------------------------------------------
-
-// scores[r][v] = <query r, keys of vector v>, added up dimension by dimension: the same sequence of
-// operations for a (row, key) whatever the block's shape.
-template <class T, int ROWS, int VECTORS>
-__attribute__((noinline)) static void score_block(const float* query, const uint32_t* keys,
-                                                  int64_t block_stride, int units, int64_t ahead,
-                                                  float* scores) {
-  vfloat acc[ROWS][VECTORS];
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = vfloat{};
-  int u = 0;
-  do {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v += BLOCK_VECTORS)
-      prefetch(keys + (v / BLOCK_VECTORS) * block_stride, ahead);
-    if constexpr (PER_UNIT<T> == 2) {
-      vfloat even[VECTORS], odd[VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) {
-        const Pair pair = T::split(
-            load<vuint>(keys + (v / BLOCK_VECTORS) * block_stride + (v % BLOCK_VECTORS) * LANES));
-        even[v] = pair.even;
-        odd[v] = pair.odd;
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; ++r) {
-        const vfloat q = splat(query[r * DIM_STRIDE]);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(q, even[v], acc[r][v]);
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; ++r) {
-        const vfloat q = splat(query[r * DIM_STRIDE + 1]);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(q, odd[v], acc[r][v]);
-      }
-    } else {
-      vfloat key[VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v)
-        key[v] =
-            load<vfloat>(keys + (v / BLOCK_VECTORS) * block_stride + (v % BLOCK_VECTORS) * LANES);
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; ++r) {
-        const vfloat q = splat(query[r * DIM_STRIDE]);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(q, key[v], acc[r][v]);
-      }
-    }
-    keys += KEY_BLOCK;
-    query += PER_UNIT<T>;
-  } while (++u < units);
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) store(scores + r * SCORE_STRIDE + v * LANES, acc[r][v]);
-}
-
-// ---- weighted sum: rows x value dimensions ------------------------------------------------
-
-// out[r] += sum over keys of weight[r][key] * value[key], for PAIRS pairs of vectors of dimensions.
-// Half types come apart into even and odd dimensions; they are put in order at the very end.
-template <class T, int ROWS, int PAIRS>
-__attribute__((noinline)) static void value_block(const float* weights, int keys,
-                                                  const char* values, int64_t stride, int64_t ahead,
-                                                  float* out) {
-  vfloat acc[ROWS][2 * PAIRS];
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < 2 * PAIRS; ++v) acc[r][v] = load<vfloat>(out + r * DIM_STRIDE + v * LANES);
-  int k = 0;
-  do {
-#pragma GCC unroll 4
-    for (int line = 0; line < 2 * PAIRS * LANES * 4 / PER_UNIT<T>; line += 64)
-      prefetch(values + line, ahead);
-    vfloat value[2 * PAIRS];
-#pragma GCC unroll 2
-    for (int p = 0; p < PAIRS; ++p) {
-      if constexpr (PER_UNIT<T> == 2) {
-        const Pair pair = T::split(load<vuint>(values + p * LANES * 4));
-        value[2 * p] = pair.even;
-        value[2 * p + 1] = pair.odd;
-      } else {
-        value[2 * p] = load<vfloat>(values + 2 * p * LANES * 4);
-        value[2 * p + 1] = load<vfloat>(values + (2 * p + 1) * LANES * 4);
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      const vfloat w = splat(weights[r * SCORE_STRIDE + k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < 2 * PAIRS; ++v) acc[r][v] = fma(w, value[v], acc[r][v]);
-    }
-    values += stride;
-  } while (++k < keys);
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < 2 * PAIRS; ++v) store(out + r * DIM_STRIDE + v * LANES, acc[r][v]);
-}
-
-// ---- dispatch on the number of rows -------------------------------------------------------
-
-typedef void (*ScoreBlock)(const float*, const uint32_t*, int64_t, int, int64_t, float*);
-typedef void (*ValueBlock)(const float*, int, const char*, int64_t, int64_t, float*);
-
-template <class T>
-struct Blocks {
-  struct Table {
-    ScoreBlock wide_scores[MAX_ROWS + 1] = {};
-    ScoreBlock narrow_scores[MAX_ROWS + 1] = {};
-    ValueBlock wide_values[MAX_ROWS + 1] = {};    // wide_vectors(rows) vectors of dimensions
-    ValueBlock narrow_values[MAX_ROWS + 1] = {};  // two
-  };
-  template <int ROWS>
-  static constexpr void fill(Table& t) {
-    t.wide_scores[ROWS] = score_block<T, ROWS, wide_vectors(ROWS)>;
-    t.narrow_scores[ROWS] = score_block<T, ROWS, narrow_vectors(ROWS)>;
-    t.wide_values[ROWS] = value_block<T, ROWS, wide_vectors(ROWS) / 2>;
-    t.narrow_values[ROWS] = value_block<T, ROWS, 1>;
-    if constexpr (ROWS > 1) fill<ROWS - 1>(t);
-  }
-  static constexpr Table make() {
-    Table t;
-    fill<MAX_ROWS>(t);
-    return t;
-  }
-  static constexpr Table table = make();
-};
-
-// Rows [first, last) in evenly sized blocks of at most MAX_ROWS.
-template <class Body>
-HOGWILD_INLINE void for_row_blocks(Run run, Body body) {
-  const int rows = run.last - run.first, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-  for (int b = 0; b < blocks; ++b) {
-    const int first = run.first + b * rows / blocks;
-    body(first, run.first + (b + 1) * rows / blocks - first);
-  }
-}
-
-template <class T>
-static void score_rows(Scratch& s, Run run, KeyTile tile, int key_blocks, int units) {
-  for_row_blocks(run, [&](int row, int rows) {
-    const int vectors = wide_vectors(rows), all = key_blocks * BLOCK_VECTORS;
-    int v = 0;
-    for (; v + vectors <= all; v += vectors)
-      Blocks<T>::table.wide_scores[rows](
-          s.rotated[row],
-          tile.units + (v / BLOCK_VECTORS) * tile.block_stride + (v % BLOCK_VECTORS) * LANES,
-          tile.block_stride, units, tile.ahead, s.scores[row] + v * LANES);
-    for (; v < all; v += narrow_vectors(rows))
-      Blocks<T>::table.narrow_scores[rows](
-          s.rotated[row],
-          tile.units + (v / BLOCK_VECTORS) * tile.block_stride + (v % BLOCK_VECTORS) * LANES,
-          tile.block_stride, units, tile.ahead, s.scores[row] + v * LANES);
-  });
-}
-
-template <class T>
-static void weigh_values(Scratch& s, Run run, ValueTile tile, int keys, int padded_dim) {
-  const int64_t element = sizeof(typename T::element);
-  for_row_blocks(run, [&](int row, int rows) {
-    const int wide = wide_vectors(rows) * LANES;
-    int d = 0;
-    for (; d + wide <= padded_dim; d += wide)
-      Blocks<T>::table.wide_values[rows](s.scores[row], keys, tile.rows + d * element, tile.stride,
-                                         tile.ahead, s.chunk.out[row] + d);
-    for (; d < padded_dim; d += 2 * LANES)
-      Blocks<T>::table.narrow_values[rows](s.scores[row], keys, tile.rows + d * element,
-                                           tile.stride, tile.ahead, s.chunk.out[row] + d);
-  });
-}
-
 // ---- softmax of one row over a tile -------------------------------------------------------
 
 HOGWILD_INLINE void scale_row(float* x, int n, float factor) {
   for (int d = 0; d < n; d += LANES) store(x + d, load<vfloat>(x + d) * splat(factor));
 }
 
-// Scores become weights 2^(score - reference), 0 outside keys [first, last) of the tile.
+// Scores become weights 2^(score - reference), 0 outside keys [first, last) of the tile; the
+// weights are factors, which may take less room, in the same place.
+template <class T>
 static void softmax_row(Scratch& s, int row, int vectors, int first, int last, float cap,
                         int padded_dim) {
   float* x = s.scores[row];
@@ -303,25 +98,37 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
   vfloat sum = load<vfloat>(s.lane_sums[row]);
   for (int v = 0; v < vectors; ++v) {
     const vfloat weight = exp2(load<vfloat>(x + v * LANES) - base);
-    sum = sum + weight;
-    store(x + v * LANES, weight);
+    // What values are multiplied by is what is summed: where a row sees one key, or hardly any
+    // other, rounding then cancels.
+    sum = sum + store_factors<T>(x, v * LANES, weight);
   }
   store(s.lane_sums[row], sum);
 }
 
-// ---- tiles --------------------------------------------------------------------------------
+// ---- tiles of plain tensors ---------------------------------------------------------------
 
-// 16 keys given as rows of 32-bit units -> [units][16].
-static void interleave_keys(const uint32_t* const* rows, int units, int64_t ahead, uint32_t* out) {
-  for (int u = 0; u < units; u += 4) {
-    if (u % 16 == 0)
-      for (int k = 0; k < KEY_BLOCK; ++k) prefetch(rows[k] + u, ahead);
+// 16 keys given as rows of words -> [words][TILE].
+static void interleave_keys(const uint32_t* const* rows, int words, int64_t ahead, uint32_t* out) {
+  for (int w = 0; w < words; w += 4) {
+    if (w % 16 == 0)
+      for (int k = 0; k < KEY_BLOCK; ++k) prefetch(rows[k] + w, ahead);
     for (int k = 0; k < KEY_BLOCK; k += LANES) {
       const uint32_t* const* from = rows + k;
-      const FourVectors block = transpose_quads(load_quads(from, u), load_quads(from + 1, u),
-                                                load_quads(from + 2, u), load_quads(from + 3, u));
-      for (int i = 0; i < 4; ++i) store(out + (u + i) * KEY_BLOCK + k, block.unit[i]);
+      const FourVectors block = transpose_quads(load_quads(from, w), load_quads(from + 1, w),
+                                                load_quads(from + 2, w), load_quads(from + 3, w));
+      for (int i = 0; i < 4; ++i) store(out + (w + i) * TILE + k, block.unit[i]);
     }
+  }
+}
+
+// Two tokens' values -> words of the two.
+HOGWILD_INLINE void interleave_values(const uint16_t* first, const uint16_t* second, int dim,
+                                      int64_t ahead, uint32_t* out) {
+  for (int d = 0; d < dim; d += 32) {
+    prefetch(first + d, ahead);
+    prefetch(second + d, ahead);
+    const int end = dim < d + 32 ? dim : d + 32;
+    for (int i = d; i < end; ++i) out[i] = first[i] | uint32_t(second[i]) << 16;
   }
 }
 
@@ -333,7 +140,9 @@ struct Attention {
   const PlanView& plan;
   const Heads& heads;
   Scratch& s;
+  const int key_words;   // of a key
   const int padded_dim;  // of the accumulators
+  Multiplier multiply;
   int head;
 
   Attention(const AttendArgs& a, Scratch& scratch)
@@ -341,7 +150,8 @@ struct Attention {
         plan(*a.plan),
         heads(a.heads),
         s(scratch),
-        padded_dim((a.heads.value_dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES)),
+        key_words(a.heads.head_dim / PER_WORD<T>),
+        padded_dim((a.heads.value_dim + LANES - 1) / LANES * LANES),
         head(0) {}
 
   const E* key_page(TilePlace at) {
@@ -354,59 +164,62 @@ struct Attention {
     return (const E*)args.keys_values.value_pages + value_base(heads, page, head);
   }
 
+  const E* key_rows(TilePlace at) {
+    const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
+    return (const E*)rows.keys + at.begin * rows.key_token_stride + head * rows.key_head_stride;
+  }
+
   const E* value_rows(TilePlace at) {
     const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
     return (const E*)rows.values + at.begin * rows.value_token_stride +
            head * rows.value_head_stride;
   }
 
-  // Plain rows become a tile of the page layout in scratch; keys past the segment's end are zero.
-  KeyTile key_tile(TilePlace at, TilePlace next, int keys) {
-    const int units = key_units<T>(heads.head_dim);
-    const int64_t block_stride = int64_t(units) * KEY_BLOCK;
+  // Bytes from one place to another, in memory that may not be the same object's.
+  static int64_t distance(const void* from, const void* to) {
+    return (const char*)to - (const char*)from;
+  }
+
+  // Keys past the segment's end are whatever the page holds, or zero.
+  Tile key_tile(TilePlace at, TilePlace next, int keys) {
     if (args.keys_values.layout == hogwild::Layout::Pages) {
       const E* base = key_page(at);
-      return {(const uint32_t*)base, block_stride, (const char*)key_page(next) - (const char*)base};
+      return {(const uint32_t*)base, TILE, distance(base, key_page(next))};
     }
     static const uint32_t zeros[MAX_DIM] = {};
     const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
-    const E* base = (const E*)rows.keys + head * rows.key_head_stride;
-    const hogwild::SegmentRows& next_rows = args.keys_values.rows[next.segment];
-    const E* next_base = (const E*)next_rows.keys + head * next_rows.key_head_stride +
-                         next.begin * next_rows.key_token_stride;
-    const int64_t ahead =
-        (const char*)next_base - (const char*)(base + at.begin * rows.key_token_stride);
-    for (int block = 0; block * KEY_BLOCK < keys; ++block) {
+    const E* base = key_rows(at);
+    const int64_t ahead = distance(base, key_rows(next));
+    for (int block = 0; block < keys; block += KEY_BLOCK) {
       const uint32_t* from[KEY_BLOCK];
-      for (int k = 0; k < KEY_BLOCK; ++k) {
-        const int key = block * KEY_BLOCK + k;
-        from[k] = key < keys
-                      ? (const uint32_t*)(base + int64_t(at.begin + key) * rows.key_token_stride)
-                      : zeros;
-      }
-      interleave_keys(from, units, ahead, s.keys + block * block_stride);
+      for (int k = 0; k < KEY_BLOCK; ++k)
+        from[k] = block + k < keys ? (const uint32_t*)(base + (block + k) * rows.key_token_stride)
+                                   : zeros;
+      interleave_keys(from, key_words, ahead, s.keys + block);
     }
-    return {s.keys, block_stride, 0};
+    return {s.keys, TILE, 0};
   }
 
-  ValueTile value_tile(TilePlace at, TilePlace next, int keys) {
-    const int64_t element = sizeof(E);
+  Tile value_tile(TilePlace at, TilePlace next, int keys) {
     if (args.keys_values.layout == hogwild::Layout::Pages) {
       const E* base = value_page(at);
-      return {(const char*)base, hogwild::cpu::padded_value_dim(heads.value_dim) * element,
-              (const char*)value_page(next) - (const char*)base};
+      return {(const uint32_t*)base, hogwild::cpu::padded_value_dim(heads.value_dim),
+              distance(base, value_page(next))};
     }
     const E* base = value_rows(at);
+    const int64_t ahead = distance(base, value_rows(next));
     const int64_t stride = args.keys_values.rows[at.segment].value_token_stride;
-    if (padded_dim == heads.value_dim)
-      return {(const char*)base, stride * element,
-              (const char*)value_rows(next) - (const char*)base};
-    // Vectors would read past the row's end: copy into padded rows.
-    E* copy = (E*)s.values;
-    for (int k = 0; k < keys; ++k)
-      __builtin_memcpy(copy + int64_t(k) * padded_dim, base + k * stride,
-                       heads.value_dim * element);
-    return {(const char*)copy, padded_dim * element, 0};
+    if constexpr (PER_WORD<T> == 2) {
+      for (int k = 0; k < keys; k += 2)
+        interleave_values(base + k * stride, base + (k + 1 < keys ? k + 1 : k) * stride,
+                          heads.value_dim, ahead, s.values + k / 2 * padded_dim);
+    } else {
+      if (padded_dim == heads.value_dim) return {(const uint32_t*)base, stride, ahead};
+      // Vectors would read past the row's end.
+      for (int k = 0; k < keys; ++k)
+        __builtin_memcpy(s.values + k * padded_dim, base + k * stride, heads.value_dim * 4);
+    }
+    return {s.values, padded_dim, 0};
   }
 
   // ---- rows ---------------------------------------------------------------------------------
@@ -434,7 +247,8 @@ struct Attention {
 
   // Rotates, afresh from the unrotated query, the rows of all workers that see the segment, by
   // offset + i: the angles of the two are added, in float32; those of i = 0 are exact. The factor
-  // of the scores goes in as well.
+  // of the scores goes in as well. Where factors are rounded, what that leaves is kept beside them:
+  // a score is then as exact as a product with the query itself.
   void enter_segment(const RowGroup& group, int segment) {
     const int D = heads.head_dim, half = plan.half_rotary;
     const float softcap = args.scoring.softcap;
@@ -462,10 +276,16 @@ struct Attention {
           known = token;
         }
         s.position[row] = int64_t(plan.offsets[at]) + token;
-        float* x = s.rotated[row];
+        alignas(64) float x[MAX_DIM];
         for (int d = 0; d < D; ++d) x[d] = s.query[row][d];
         rotate(x, cos, sin, half, args.rope.interleaved, args.rope.scale);
-        for (int d = 0; d < D; ++d) x[d] *= factor;
+        for (int d = D; d % LANES; ++d) x[d] = 0.f;
+        for (int d = 0; d < D; d += LANES) {
+          const vfloat exact = load<vfloat>(x + d) * splat(factor);
+          const vfloat kept = store_factors<T>(s.rotated[row], d, exact);
+          if constexpr (MULTIPLIES_PAIRS<T>)
+            store_factors<T>(s.rotated[row] + key_words, d, exact - kept);
+        }
       });
     }
   }
@@ -487,12 +307,43 @@ struct Attention {
     return count;
   }
 
+  // Asks for the pages of a tile in steps, while the runs of another one are computed.
+  void look_ahead(const Run* runs, int count, TilePlace next) {
+    if (args.keys_values.layout != hogwild::Layout::Pages) return;
+    int steps = 0;
+    for (int r = 0; r < count; ++r) {
+      const int rows = runs[r].last - runs[r].first;
+      steps += Multiplier::steps(rows, key_words, TILE) + rows +
+               Multiplier::steps(rows, TILE / PER_WORD<T>, padded_dim);
+    }
+    const int64_t value_dim = hogwild::cpu::padded_value_dim(heads.value_dim);
+    multiply.ahead.start(key_page(next), heads.head_dim * TILE * sizeof(E), value_page(next),
+                         value_dim * TILE * sizeof(E), steps);
+  }
+
+  // Adds weights times values to the chunk's result.
+  void weigh_values(Run run, Tile value, int keys) {
+    const int rows = run.last - run.first, words = keys / PER_WORD<T>;
+    const uint32_t* weights = (const uint32_t*)s.scores[run.first];
+    float* out = s.chunk.out[run.first];
+    if (words)
+      multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(weights, 0, rows, value, words,
+                                                                padded_dim, out, true);
+    if (keys % PER_WORD<T>) {
+      // The word's second half is nobody's: its weight is zero, but it may not be a number.
+      for (int d = 0; d < padded_dim; ++d)
+        s.last_value[d] = value.words[words * value.stride + d] & 0xffff;
+      multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(weights + factor_words<T>(keys - 1),
+                                                                0, rows, {s.last_value, 0, 0}, 1,
+                                                                padded_dim, out, true);
+    }
+  }
+
   // ---- a chunk's partial result -------------------------------------------------------------
 
   // `next` is the tile that will be read after the chunk.
   void attend_chunk(const Visit& visit, TilePlace next) {
     const Chunk& chunk = plan.chunks[visit.chunk];
-    const int units = key_units<T>(heads.head_dim);
     const float cap = args.scoring.softcap * LOG2_E;
     Run runs[ROW_GROUP];
     for (int i = visit.span_begin; i < visit.span_end; ++i)
@@ -510,17 +361,23 @@ struct Attention {
       const TilePlace here{chunk.segment, begin};
       const TilePlace after =
           begin + TILE < chunk.end ? TilePlace{chunk.segment, begin + TILE} : next;
-      const KeyTile key = key_tile(here, after, keys);
-      for (int r = 0; r < count; ++r) score_rows<T>(s, runs[r], key, key_blocks, units);
+      const Tile key = key_tile(here, after, keys);
+      if constexpr (IN_TILES<T>) look_ahead(runs, count, after);
+      for (int r = 0; r < count; ++r)
+        multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
+            s.rotated[runs[r].first], MULTIPLIES_PAIRS<T> ? key_words : 0,
+            runs[r].last - runs[r].first, key, key_words, key_blocks * KEY_BLOCK,
+            s.scores[runs[r].first], false);
       for (int r = 0; r < count; ++r)
         for (int row = runs[r].first; row < runs[r].last; ++row) {
+          if constexpr (IN_TILES<T>) multiply.ahead.step();
           const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
           const int64_t first = place - plan.window + 1;
-          softmax_row(s, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
-                      place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
+          softmax_row<T>(s, row, key_blocks * (KEY_BLOCK / LANES), first > 0 ? int(first) : 0,
+                         place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
         }
-      const ValueTile value = value_tile(here, after, keys);
-      for (int r = 0; r < count; ++r) weigh_values<T>(s, runs[r], value, keys, padded_dim);
+      const Tile value = value_tile(here, after, keys);
+      for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys);
     }
 
     for (int i = visit.span_begin; i < visit.span_end; ++i)
@@ -609,12 +466,7 @@ struct Attention {
         const float sum = s.result.sum[row];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
         for (int d = 0; d < heads.value_dim; ++d) {
-          int at = d;  // half types: 2 * LANES dimensions are stored evens first
-          if (PER_UNIT<T> == 2) {
-            const int within = d % (2 * LANES);
-            at = d - within + (within % 2) * LANES + within / 2;
-          }
-          to[d] = T::narrow(sum == 0.f ? 0.f : s.result.out[row][at] * inverse);
+          to[d] = T::narrow(sum == 0.f ? 0.f : s.result.out[row][d] * inverse);
         }
         if (args.lse)
           args.lse[part.worker * args.lse_worker_stride + index * args.lse_token_stride +

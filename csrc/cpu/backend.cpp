@@ -3,6 +3,10 @@
 #if defined(HOGWILD_X86)
 #include <cpuid.h>
 #endif
+#if defined(HOGWILD_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -27,9 +31,32 @@ bool has_half_conversion() {  // not every compiler's __builtin_cpu_supports kno
 }
 #endif
 
+#if defined(HOGWILD_AVX512_BF16)
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
+#if defined(HOGWILD_AMX)
+// Linux hands out the tiles' registers to a process that asks for them.
+bool has_amx() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
 bool cpu_has(const Kernels* k) {
 #if defined(HOGWILD_X86)
   __builtin_cpu_init();
+#if defined(HOGWILD_AMX)
+  if (k == &kernels_amx) return cpu_has(&kernels_avx512_bf16) && has_amx();
+#endif
+#if defined(HOGWILD_AVX512_BF16)
+  if (k == &kernels_avx512_bf16) return cpu_has(&kernels_avx512) && has_avx512_bf16();
+#endif
   if (k == &kernels_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -39,12 +66,18 @@ bool cpu_has(const Kernels* k) {
   return k == &kernels_baseline;
 }
 
-std::vector<const Kernels*> built() {
-#if defined(HOGWILD_X86)
-  return {&kernels_avx512, &kernels_avx2, &kernels_baseline};
-#else
-  return {&kernels_baseline};
+std::vector<const Kernels*> built() {  // best first
+  return {
+#if defined(HOGWILD_AMX)
+      &kernels_amx,
 #endif
+#if defined(HOGWILD_AVX512_BF16)
+      &kernels_avx512_bf16,
+#endif
+#if defined(HOGWILD_X86)
+      &kernels_avx512, &kernels_avx2,
+#endif
+      &kernels_baseline};
 }
 
 const Kernels& choose() {

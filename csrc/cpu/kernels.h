@@ -6,8 +6,7 @@
 
 namespace hogwild::cpu {
 
-constexpr int32_t KEY_BLOCK = 16;    // keys that lie side by side in a page
-constexpr int32_t VALUE_ALIGN = 32;  // a page's value rows are padded to a multiple of this
+constexpr int32_t VALUE_ALIGN = 32;  // the dimensions of values in a page are a multiple of this
 
 static inline int64_t padded_value_dim(int32_t value_dim) {
   return (value_dim + VALUE_ALIGN - 1) / VALUE_ALIGN * VALUE_ALIGN;
@@ -93,5 +92,7 @@ struct Kernels {
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;
 
 }  // namespace hogwild::cpu

@@ -1,8 +1,13 @@
 // What lies inside a page of the CPU's cache, and the kernels that move tokens into and out of it.
 //
-//   keys    [Hkv][TILE / 16][units][16]   16 keys side by side, so that scores need no transpose;
-//                                         a unit is one float, or two half-precision dimensions
-//   values  [Hkv][TILE][padded Dv]        one row a token
+// Both kinds of tile are laid out as multiply.h reads them, in words of 32 bits, a word being one
+// float or two half-precision elements that are summed over: dimensions of a key, tokens of a
+// value.
+//
+//   keys    [Hkv][D / n][TILE]             word (d, token) holds dimensions n d, ... of a token
+//   values  [Hkv][TILE / n][padded Dv]     word (t, d) holds dimension d of tokens n t, ...
+//
+// with n = 1 for float32 and 2 for half types.
 
 #pragma once
 
@@ -13,23 +18,19 @@ namespace {
 
 using hogwild::Heads;
 using hogwild::TILE;
-using hogwild::cpu::KEY_BLOCK;
-
-// Elements of a key that share 32 bits.
-template <class T>
-constexpr int PER_UNIT = 4 / sizeof(typename T::element);
-
-template <class T>
-HOGWILD_INLINE int key_units(int head_dim) {
-  return head_dim / PER_UNIT<T>;
-}
 
 // Element d of the key in `row` of a head's tile.
 template <class T>
-HOGWILD_INLINE int64_t key_index(int row, int d, int head_dim) {
-  const int block = row / KEY_BLOCK, lane = row % KEY_BLOCK;
-  const int64_t unit = (int64_t(block) * key_units<T>(head_dim) + d / PER_UNIT<T>)*KEY_BLOCK + lane;
-  return unit * PER_UNIT<T> + d % PER_UNIT<T>;
+HOGWILD_INLINE int64_t key_index(int row, int d) {
+  constexpr int N = PER_WORD<T>;
+  return (int64_t(d / N) * TILE + row) * N + d % N;
+}
+
+// Element d of the value in `row`, padded_dim being the padded Dv.
+template <class T>
+HOGWILD_INLINE int64_t value_index(int row, int d, int64_t padded_dim) {
+  constexpr int N = PER_WORD<T>;
+  return (row / N * padded_dim + d) * N + row % N;
 }
 
 // Where a head's part of a page begins, in elements.
@@ -70,6 +71,7 @@ static void append(const hogwild::cpu::AppendArgs& a, int32_t begin, int32_t end
   typedef typename T::element E;
   const Heads& heads = a.heads;
   const int D = heads.head_dim, Dv = heads.value_dim, half = a.plan->half_rotary;
+  const int64_t padded_dim = hogwild::cpu::padded_value_dim(Dv);
   float x[hogwild::MAX_DIM];
   for (int32_t t = begin; t < end; ++t) {
     const int page = a.plan->slots[t] / TILE, row = a.plan->slots[t] % TILE;
@@ -79,13 +81,12 @@ static void append(const hogwild::cpu::AppendArgs& a, int32_t begin, int32_t end
       for (int d = 0; d < D; ++d) x[d] = T::widen(key[d]);
       rotate(x, cos, cos + half, half, a.rope.interleaved, a.rope.scale);
       E* tile = (E*)a.key_pages + key_base(heads, page, h);
-      for (int d = 0; d < D; ++d) tile[key_index<T>(row, d, D)] = T::narrow(x[d]);
+      for (int d = 0; d < D; ++d) tile[key_index<T>(row, d)] = T::narrow(x[d]);
 
       const E* value =
           (const E*)a.values.data + t * a.values.token_stride + h * a.values.head_stride;
-      E* stored =
-          (E*)a.value_pages + value_base(heads, page, h) + row * hogwild::cpu::padded_value_dim(Dv);
-      __builtin_memcpy(stored, value, Dv * sizeof(E));
+      tile = (E*)a.value_pages + value_base(heads, page, h);
+      for (int d = 0; d < Dv; ++d) tile[value_index<T>(row, d, padded_dim)] = value[d];
     }
   }
 }
@@ -97,7 +98,7 @@ static void commit(const hogwild::cpu::CommitArgs& a, int32_t layer) {
   typedef typename T::element E;
   const Heads& heads = a.heads;
   const int D = heads.head_dim, half = a.half_rotary;
-  const int64_t value_row = hogwild::cpu::padded_value_dim(heads.value_dim);
+  const int64_t padded_dim = hogwild::cpu::padded_value_dim(heads.value_dim);
   const float *cos = a.angles, *sin = a.angles + half;
   float x[hogwild::MAX_DIM];
   E* key_pages = (E*)a.layers.key_pages[layer];
@@ -105,15 +106,18 @@ static void commit(const hogwild::cpu::CommitArgs& a, int32_t layer) {
   for (int32_t i = 0; i < a.length; ++i) {
     const int to = a.target_length + i;
     const int source = a.source_pages[i / TILE], target = a.target_pages[to / TILE];
+    const int from_row = i % TILE, to_row = to % TILE;
     for (int h = 0; h < heads.kv_heads; ++h) {
       const E* from_tile = key_pages + key_base(heads, source, h);
       E* to_tile = key_pages + key_base(heads, target, h);
-      for (int d = 0; d < D; ++d) x[d] = T::widen(from_tile[key_index<T>(i % TILE, d, D)]);
+      for (int d = 0; d < D; ++d) x[d] = T::widen(from_tile[key_index<T>(from_row, d)]);
       rotate(x, cos, sin, half, a.interleaved, 1.f);
-      for (int d = 0; d < D; ++d) to_tile[key_index<T>(to % TILE, d, D)] = T::narrow(x[d]);
-      __builtin_memcpy(value_pages + value_base(heads, target, h) + (to % TILE) * value_row,
-                       value_pages + value_base(heads, source, h) + (i % TILE) * value_row,
-                       heads.value_dim * sizeof(E));
+      for (int d = 0; d < D; ++d) to_tile[key_index<T>(to_row, d)] = T::narrow(x[d]);
+      from_tile = value_pages + value_base(heads, source, h);
+      to_tile = value_pages + value_base(heads, target, h);
+      for (int d = 0; d < heads.value_dim; ++d)
+        to_tile[value_index<T>(to_row, d, padded_dim)] =
+            from_tile[value_index<T>(from_row, d, padded_dim)];
     }
   }
 }
@@ -132,8 +136,8 @@ static void read(const hogwild::cpu::ReadArgs& a) {
       E* out = (E*)a.out + (int64_t(i) * heads.kv_heads + h) * dim;
       const E* tile = pages + (a.keys ? key_base(heads, page, h) : value_base(heads, page, h));
       for (int d = 0; d < dim; ++d)
-        out[d] = a.keys ? tile[key_index<T>(row, d, dim)]
-                        : tile[row * hogwild::cpu::padded_value_dim(dim) + d];
+        out[d] = tile[a.keys ? key_index<T>(row, d)
+                             : value_index<T>(row, d, hogwild::cpu::padded_value_dim(dim))];
     }
   }
 }

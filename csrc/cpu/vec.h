@@ -44,6 +44,7 @@ HOGWILD_INLINE void store(void* p, V v) {
 
 HOGWILD_INLINE vfloat splat(float x) { return x - vfloat{}; }
 HOGWILD_INLINE vint splat(int32_t x) { return x - vint{}; }
+HOGWILD_INLINE vuint splat(uint32_t x) { return x - vuint{}; }
 
 HOGWILD_INLINE float bits_to_float(uint32_t u) {
   float f;
@@ -200,20 +201,15 @@ HOGWILD_INLINE FourVectors transpose_quads(vuint a, vuint b, vuint c, vuint d) {
 #endif
 }
 
-// ---- half types, two at a time ------------------------------------------------------------
-// Half-precision elements are read as 32-bit pairs: the even element in the low half, the odd one
-// in the high half. Splitting a pair costs no shuffle.
-
-struct Pair {
-  vfloat even, odd;
-};
+// ---- storage types ------------------------------------------------------------------------
+// Half-precision elements are read as 32-bit pairs, the first in the low half. Taking them apart
+// costs no shuffle.
 
 struct BFloat16 {
   typedef uint16_t element;
 
-  static HOGWILD_INLINE Pair split(vuint raw) {
-    return {(vfloat)(raw << 16), (vfloat)(raw & 0xffff0000u)};
-  }
+  static HOGWILD_INLINE vfloat first(vuint pairs) { return (vfloat)(pairs << 16); }
+  static HOGWILD_INLINE vfloat second(vuint pairs) { return (vfloat)(pairs & 0xffff0000u); }
   static HOGWILD_INLINE float widen(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
   static HOGWILD_INLINE uint16_t narrow(float x) {  // to nearest, ties to even
     const uint32_t u = float_to_bits(x);
@@ -241,9 +237,8 @@ struct Float16 {
     return (vfloat)((vuint)scaled | special | ((h & 0x8000u) << 16));
 #endif
   }
-  static HOGWILD_INLINE Pair split(vuint raw) {
-    return {from_low(raw & 0xffffu), from_low(raw >> 16)};
-  }
+  static HOGWILD_INLINE vfloat first(vuint pairs) { return from_low(pairs & 0xffffu); }
+  static HOGWILD_INLINE vfloat second(vuint pairs) { return from_low(pairs >> 16); }
   static HOGWILD_INLINE float widen(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16;
     if ((h & 0x7c00) == 0x7c00)
@@ -266,8 +261,49 @@ struct Float16 {
 struct Float32 {
   typedef float element;
 
+  static HOGWILD_INLINE vfloat first(vuint word) { return (vfloat)word; }
   static HOGWILD_INLINE float widen(float x) { return x; }
   static HOGWILD_INLINE float narrow(float x) { return x; }
 };
+
+// Elements that share 32 bits.
+template <class T>
+constexpr int PER_WORD = 4 / sizeof(typename T::element);
+
+// Whether the instruction set multiplies pairs of T as they are. What they are multiplied by then
+// has to be pairs of T as well; else it is float32.
+template <class T>
+constexpr bool MULTIPLIES_PAIRS = false;
+
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool MULTIPLIES_PAIRS<BFloat16> = true;
+
+// c + a.first * b.first + a.second * b.second
+HOGWILD_INLINE vfloat multiply_pairs(vuint a, vuint b, vfloat c) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
+#endif
+
+// Words in which `count` factors for elements of T are kept.
+template <class T>
+constexpr int factor_words(int count) {
+  return MULTIPLIES_PAIRS<T> ? count / 2 : count;
+}
+
+// Factors [index, index + LANES) of a row of them. Returns them as they are stored, rounded or not.
+template <class T>
+HOGWILD_INLINE vfloat store_factors(void* row, int index, vfloat v) {
+#if defined(__AVX512BF16__)
+  if constexpr (MULTIPLIES_PAIRS<T>) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy((uint16_t*)row + index, &rounded, sizeof rounded);
+    return (vfloat)((vuint)_mm512_maskz_cvtepu16_epi32(ALL, rounded) << 16);
+  }
+#endif
+  store((float*)row + index, v);
+  return v;
+}
 
 }  // namespace

@@ -1,0 +1,404 @@
+// Small matrix products, the whole arithmetic of attention but for its softmax:
+//
+//     c [rows, columns]  (+)=  factors [rows, elements] * tile [elements, columns]
+//
+// Scores are rotated queries times a tile of keys, outputs are weights times a tile of values.
+// Factors and c lie in scratch memory, the tile is what the cache stores: words of one element
+// (float32) or of two that follow each other (half types), see pages.h. Whatever the number of
+// rows, an element of c goes through the same operations in the same order.
+
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+struct Tile {
+  const uint32_t* words;
+  int64_t stride;  // in words, from one word of a column to its next
+  int64_t ahead;   // in bytes, from here to the same place in the tile that is read next
+};
+
+// Asks for what the next tile will read, one line for each that this one reads.
+HOGWILD_INLINE void prefetch(const void* p, int64_t ahead) {
+  __builtin_prefetch((const char*)p + ahead, 0, 2);
+}
+
+// The tiles that come next, keys first, asked for a few lines at a time while something is
+// computed: so memory is busy all the time, and not only where lines are easy to count.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  const char* values = nullptr;
+  int64_t value_bytes = 0;
+  int share = 0;  // lines of a step; 0: nothing to ask for
+
+  void start(const void* first_key, int64_t key_bytes, const void* first_value, int64_t bytes,
+             int steps) {
+    at = (const char*)first_key;
+    end = at + key_bytes;
+    values = (const char*)first_value;
+    value_bytes = bytes;
+    share = int((key_bytes + value_bytes) / 64 + steps - 1) / steps;
+  }
+
+  HOGWILD_INLINE void step() {
+    for (int i = 0; i < share; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+    if (at < end) return;
+    if (value_bytes == 0) share = 0;
+    at = values;
+    end = values + value_bytes;
+    value_bytes = 0;
+  }
+};
+
+// ---- in vector registers ------------------------------------------------------------------
+
+// A block is ROWS x VECTORS accumulators, sized for the register file. Few rows take more vectors:
+// an addition's latency needs about eight accumulators to hide behind.
+#if HOGWILD_LANES == 16
+constexpr int MAX_ROWS = 12;                                         // of 32 registers
+constexpr int most_vectors(int rows) { return rows > 6 ? 2 : 4; }
+#elif HOGWILD_LANES == 8
+constexpr int MAX_ROWS = 6;                                          // of 16
+constexpr int most_vectors(int rows) { return rows > 4 ? 2 : rows > 2 ? 3 : 4; }
+#else
+constexpr int MAX_ROWS = 2;                                          // of 16, or NEON's 32
+constexpr int most_vectors(int) { return 4; }
+#endif
+
+// acc[r] += factor r * element, for the elements of all vectors.
+template <int ROWS, int VECTORS, int FACTOR_STRIDE>
+HOGWILD_INLINE void add_products(vfloat (&acc)[ROWS][VECTORS], const uint32_t* factors,
+                                 const vfloat (&element)[VECTORS]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+    const vfloat factor = splat(bits_to_float(factors[r * FACTOR_STRIDE]));
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(factor, element[v], acc[r][v]);
+  }
+}
+
+template <class T, int ROWS, int VECTORS, int FACTOR_STRIDE, int C_STRIDE>
+__attribute__((noinline)) static void multiply_block(const uint32_t* factors, const uint32_t* tile,
+                                                     int64_t tile_stride, int words, int64_t ahead,
+                                                     float* c, bool add) {
+  vfloat acc[ROWS][VECTORS];
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+      acc[r][v] = add ? load<vfloat>(c + r * C_STRIDE + v * LANES) : vfloat{};
+  do {
+#pragma GCC unroll 4
+    for (int word = 0; word < VECTORS * LANES; word += 16) prefetch(tile + word, ahead);
+    if constexpr (MULTIPLIES_PAIRS<T>) {
+      vuint pairs[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) pairs[v] = load<vuint>(tile + v * LANES);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r) {
+        const vuint factor = splat(factors[r * FACTOR_STRIDE]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) acc[r][v] = multiply_pairs(factor, pairs[v], acc[r][v]);
+      }
+    } else {
+      vfloat element[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) element[v] = T::first(load<vuint>(tile + v * LANES));
+      add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
+      if constexpr (PER_WORD<T> == 2) {
+        ++factors;
+        // Loaded again, from the innermost cache: kept, the pairs would take the registers of
+        // accumulators.
+        asm("" : "+r"(tile));
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) element[v] = T::second(load<vuint>(tile + v * LANES));
+        add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
+      }
+    }
+    ++factors;
+    tile += tile_stride;
+  } while (--words);
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) store(c + r * C_STRIDE + v * LANES, acc[r][v]);
+}
+
+typedef void (*MultiplyBlock)(const uint32_t*, const uint32_t*, int64_t, int, int64_t, float*,
+                              bool);
+
+// Blocks by rows and vectors.
+template <class T, int FACTOR_STRIDE, int C_STRIDE>
+struct Blocks {
+  struct Table {
+    MultiplyBlock block[MAX_ROWS + 1][5] = {};
+  };
+  template <int ROWS, int VECTORS>
+  static constexpr void fill(Table& t) {
+    t.block[ROWS][VECTORS] = multiply_block<T, ROWS, VECTORS, FACTOR_STRIDE, C_STRIDE>;
+    if constexpr (VECTORS > 1)
+      fill<ROWS, VECTORS - 1>(t);
+    else if constexpr (ROWS > 1)
+      fill<ROWS - 1, most_vectors(ROWS - 1)>(t);
+  }
+  static constexpr Table make() {
+    Table t;
+    fill<MAX_ROWS, most_vectors(MAX_ROWS)>(t);
+    return t;
+  }
+  static constexpr Table table = make();
+};
+
+// In blocks of about equal size.
+template <class T, int FACTOR_STRIDE, int C_STRIDE>
+static void multiply_vectors(const uint32_t* factors, int rows, Tile tile, int words, int columns,
+                             float* c, bool add) {
+  const int row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, vectors = columns / LANES;
+  for (int i = 0; i < row_blocks; ++i) {
+    const int row = i * rows / row_blocks, some_rows = (i + 1) * rows / row_blocks - row;
+    const int most = most_vectors(some_rows), blocks = (vectors + most - 1) / most;
+    for (int j = 0; j < blocks; ++j) {
+      const int v = j * vectors / blocks, some_vectors = (j + 1) * vectors / blocks - v;
+      Blocks<T, FACTOR_STRIDE, C_STRIDE>::table.block[some_rows][some_vectors](
+          factors + row * FACTOR_STRIDE, tile.words + v * LANES, tile.stride, words, tile.ahead,
+          c + row * C_STRIDE + v * LANES, add);
+    }
+  }
+}
+
+// ---- in AMX tiles -------------------------------------------------------------------------
+
+#if defined(__AMX_BF16__)
+
+constexpr int AMX_ROWS = 16;
+constexpr int AMX_WORDS = 16;  // of a row
+
+// Up to 16 rows are one block by four of columns, so that memory is read in order. More are taken
+// by two blocks and two, so that what is loaded is used twice; the last block may be a shorter one.
+// Loading a configuration takes as long as many products, so both shapes of rows are in it.
+//
+//              tiles 6, 7, 6, 7                     tile 6   tile 7     of the keys or values
+//     tile 4 | tiles 0, 1, 2, 3            tile 4 | tile 0   tile 1
+//     factors                              tile 5 | tile 2   tile 3
+class AmxTiles {
+ public:
+  ~AmxTiles() {
+    if (configured_) _tile_release();
+  }
+
+  // Rows of tiles 0, 1, 4 and of tiles 2, 3, 5, and words of each row of factors.
+  void configure(int first, int second, int words) {
+    if (configured_ && first == first_ && second == second_ && words == words_) return;
+    struct alignas(64) {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } config = {};
+    config.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.row_bytes[t] = uint16_t(t == 4 || t == 5 ? words * 4 : 64);
+      config.rows[t] = uint8_t(t >= 6 ? words : t == 0 || t == 1 || t == 4 ? first : second);
+    }
+    asm volatile("" : : "m"(config));  // GCC's own says only that the first bytes are read
+    _tile_loadconfig(&config);
+    configured_ = true;
+    first_ = first, second_ = second, words_ = words;
+  }
+
+  template <int FACTOR_STRIDE, int C_STRIDE>
+  void multiply(const uint32_t* factors, int remainders, int rows, Tile tile, int words,
+                int columns, float* c, bool add, Ahead& ahead) {
+    asm volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
+    const int whole = words / AMX_WORDS * AMX_WORDS, rest = words - whole;
+    if (whole)
+      some_words<FACTOR_STRIDE, C_STRIDE>(factors, remainders, rows, tile, AMX_WORDS, whole,
+                                          columns, c, add, ahead);
+    if (rest) {
+      tile.words += whole * tile.stride;
+      some_words<FACTOR_STRIDE, C_STRIDE>(factors + whole, remainders, rows, tile, rest, rest,
+                                          columns, c, add || whole, ahead);
+    }
+  }
+
+  // How many steps ahead a product takes.
+  static int steps(int rows, int words, int columns) {
+    const int blocks = (rows + AMX_ROWS - 1) / AMX_ROWS;
+    const int groups = rows % AMX_ROWS == 0 ? (blocks + 1) / 2 : blocks > 1 ? blocks - 1 : 1;
+    return groups * ((words + AMX_WORDS - 1) / AMX_WORDS) * (columns / 16);
+  }
+
+ private:
+  // All rows; `words` is a multiple of `step`.
+  template <int FACTOR_STRIDE, int C_STRIDE>
+  void some_words(const uint32_t* factors, int remainders, int rows, Tile tile, int step, int words,
+                  int columns, float* c, bool add, Ahead& ahead) {
+    if (rows <= AMX_ROWS) {
+      configure(rows, rows, step);
+      for (int column = 0; column < columns; column += 64) {
+        const uint32_t* of = tile.words + column;
+        float* to = c + column;
+        const auto some = [&](auto right) {
+          block<false, right.value, FACTOR_STRIDE, C_STRIDE>(factors, remainders, of, tile.stride,
+                                                             step, words, to, add, ahead);
+        };
+        switch (columns - column < 64 ? (columns - column) / 16 : 4) {
+          case 1: some(Number<1>{}); break;
+          case 2: some(Number<2>{}); break;
+          case 3: some(Number<3>{}); break;
+          case 4: some(Number<4>{}); break;
+        }
+      }
+      return;
+    }
+    const int last = rows % AMX_ROWS ? rows % AMX_ROWS : AMX_ROWS;
+    configure(AMX_ROWS, last, step);
+    for (int row = 0; row < rows;) {
+      const bool below = last == AMX_ROWS ? rows - row > AMX_ROWS : rows - row == AMX_ROWS + last;
+      const uint32_t* from = factors + row * FACTOR_STRIDE;
+      for (int column = 0; column < columns; column += 32) {
+        const uint32_t* of = tile.words + column;
+        float* to = c + row * C_STRIDE + column;
+        const auto some = [&](auto two, auto right) {
+          block<two.value, right.value, FACTOR_STRIDE, C_STRIDE>(from, remainders, of, tile.stride,
+                                                                 step, words, to, add, ahead);
+        };
+        const bool right = columns - column > 16;
+        if (below)
+          right ? some(Number<1>{}, Number<2>{}) : some(Number<1>{}, Number<1>{});
+        else
+          right ? some(Number<0>{}, Number<2>{}) : some(Number<0>{}, Number<1>{});
+      }
+      row += below ? 2 * AMX_ROWS : AMX_ROWS;
+    }
+  }
+
+  template <int VALUE>
+  struct Number {
+    static constexpr int value = VALUE;
+  };
+
+  template <bool BELOW, int RIGHT, int FACTOR_STRIDE, int C_STRIDE>
+  __attribute__((noinline)) static void block(const uint32_t* factors, int remainders,
+                                              const uint32_t* tile, int64_t tile_stride, int step,
+                                              int words, float* c, bool add, Ahead& shared_ahead) {
+    Ahead ahead = shared_ahead;  // in registers
+    constexpr int64_t c_bytes = C_STRIDE * 4, factor_bytes = FACTOR_STRIDE * 4;
+    constexpr int BELOW_C = AMX_ROWS * C_STRIDE;
+    const int64_t tile_bytes = tile_stride * 4;
+    if (add) {
+      _tile_loadd(0, c, c_bytes);
+      if constexpr (RIGHT > 1) _tile_loadd(1, c + 16, c_bytes);
+      if constexpr (RIGHT > 2) _tile_loadd(2, c + 32, c_bytes);
+      if constexpr (RIGHT > 3) _tile_loadd(3, c + 48, c_bytes);
+      if constexpr (BELOW) _tile_loadd(2, c + BELOW_C, c_bytes);
+      if constexpr (BELOW && RIGHT > 1) _tile_loadd(3, c + BELOW_C + 16, c_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int word = 0; word < words; word += step) {
+      const uint32_t* from = tile + word * tile_stride;
+      const uint32_t* factor = factors + word;
+      _tile_loadd(4, factor, factor_bytes);
+      _tile_loadd(6, from, tile_bytes);
+      if constexpr (RIGHT > 1) _tile_loadd(7, from + 16, tile_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (RIGHT > 1) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (BELOW) {
+        _tile_loadd(5, factor + AMX_ROWS * FACTOR_STRIDE, factor_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (RIGHT > 1) _tile_dpbf16ps(3, 5, 7);
+      }
+      if (remainders) {
+        if constexpr (RIGHT > 2) {
+          _tile_loadd(5, factor + remainders, factor_bytes);
+          _tile_dpbf16ps(0, 5, 6);
+          _tile_dpbf16ps(1, 5, 7);
+        } else {
+          _tile_loadd(4, factor + remainders, factor_bytes);
+          _tile_dpbf16ps(0, 4, 6);
+          if constexpr (RIGHT > 1) _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (BELOW) {
+          _tile_loadd(5, factor + AMX_ROWS * FACTOR_STRIDE + remainders, factor_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          if constexpr (RIGHT > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      if constexpr (RIGHT > 2) {
+        _tile_loadd(6, from + 32, tile_bytes);
+        if constexpr (RIGHT > 3) _tile_loadd(7, from + 48, tile_bytes);
+        _tile_dpbf16ps(2, 4, 6);
+        if constexpr (RIGHT > 3) _tile_dpbf16ps(3, 4, 7);
+        if (remainders) {
+          _tile_dpbf16ps(2, 5, 6);
+          if constexpr (RIGHT > 3) _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < RIGHT; ++i) ahead.step();
+    }
+    shared_ahead = ahead;
+    _tile_stored(0, c, c_bytes);
+    if constexpr (RIGHT > 1) _tile_stored(1, c + 16, c_bytes);
+    if constexpr (RIGHT > 2) _tile_stored(2, c + 32, c_bytes);
+    if constexpr (RIGHT > 3) _tile_stored(3, c + 48, c_bytes);
+    if constexpr (BELOW) _tile_stored(2, c + BELOW_C, c_bytes);
+    if constexpr (BELOW && RIGHT > 1) _tile_stored(3, c + BELOW_C + 16, c_bytes);
+  }
+
+  bool configured_ = false;
+  int first_ = 0, second_ = 0, words_ = 0;  // as configured
+};
+
+#endif
+
+// ---- whichever there is -------------------------------------------------------------------
+
+// Whether products of T are formed in AMX tiles.
+template <class T>
+constexpr bool IN_TILES = false;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool IN_TILES<BFloat16> = true;
+#endif
+
+// What a thread keeps from one product to the next.
+struct Multiplier {
+#if defined(__AMX_BF16__)
+  AmxTiles tiles;
+#endif
+  Ahead ahead;  // of products in tiles; others ask for Tile::ahead
+
+  // `words` of the tile, at least one, each times as many factors as it has elements; `columns` is
+  // a multiple of 16 and of LANES. The remainders of rounded factors, if they have any, lie so many
+  // words behind them; 0: there are none.
+  template <class T, int FACTOR_STRIDE, int C_STRIDE>
+  void operator()(const uint32_t* factors, int remainders, int rows, Tile tile, int words,
+                  int columns, float* c, bool add) {
+#if defined(__AMX_BF16__)
+    if constexpr (IN_TILES<T>)
+      return tiles.multiply<FACTOR_STRIDE, C_STRIDE>(factors, remainders, rows, tile, words,
+                                                     columns, c, add, ahead);
+#endif
+    multiply_vectors<T, FACTOR_STRIDE, C_STRIDE>(factors, rows, tile, words, columns, c, add);
+    if (remainders)
+      multiply_vectors<T, FACTOR_STRIDE, C_STRIDE>(factors + remainders, rows, tile, words, columns,
+                                                   c, true);
+  }
+
+  // How often `ahead` takes a step in a product.
+  static int steps(int rows, int words, int columns) {
+#if defined(__AMX_BF16__)
+    return AmxTiles::steps(rows, words, columns);
+#else
+    return 0 * (rows + words + columns);
+#endif
+  }
+};
+
+}  // namespace
