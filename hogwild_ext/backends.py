@@ -88,6 +88,9 @@ class Backend(Protocol):
     def page_shape(self, dtype: int, kv_heads: int, dim: int, is_key: bool) -> tuple[int, ...]:
         """Shape of one page of keys or values."""
 
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for pages, not to be read before it is written."""
+
     def step_memory(self) -> Any:
         """Room for the plans of one cache's steps, at addresses that stay if they can."""
 

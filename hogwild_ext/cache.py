@@ -144,7 +144,7 @@ class SegmentCache:
             many segments, `max_tokens` tokens fit however they are spread.
         dtype: float32, float16 or bfloat16; queries, keys and values must come in it.
         device: "cpu", or a GPU as torch names it. The memory is reserved at once; on the CPU it is
-            used page by page.
+            used only as segments grow, where Linux has them in huge pages of 2 MB.
         rope_scale, interleaved, scale, softcap, window: as in `concurrent_attention`.
         max_position: number of positions that the model knows; a step whose view is longer is
             refused. None: no limit.
@@ -211,9 +211,8 @@ class SegmentCache:
         key_shape = (pages, *shape_of(code, self.num_kv_heads, self.head_dim, True))
         value_shape = (pages, *shape_of(code, self.num_kv_heads, self.value_dim, False))
         layers = range(self.num_layers)
-        # Never read before it is written: torch.empty leaves it to the operating system.
-        self._keys = [torch.empty(key_shape, dtype=dtype, device=self.device) for _ in layers]
-        self._values = [torch.empty(value_shape, dtype=dtype, device=self.device) for _ in layers]
+        self._keys = [self._backend.reserve(key_shape, dtype) for _ in layers]
+        self._values = [self._backend.reserve(value_shape, dtype) for _ in layers]
         self._layers = PagedLayers(
             code,
             self.num_kv_heads,

@@ -119,6 +119,9 @@ class CudaBackend:
 
     # ---- attention ------------------------------------------------------------------------------
 
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
     def step_memory(self) -> StepMemory:
         return StepMemory(self._device)
 
