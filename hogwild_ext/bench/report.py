@@ -23,6 +23,16 @@ class Column:
 WIDE = 108
 
 
+def number(key: str, scale: float = 1, form: str = ".1f") -> Callable[[Record], str]:
+    """The text of a column: a record's number, or nothing if it has none."""
+
+    def text(record: Record) -> str:
+        value = record.get(key)
+        return "" if value is None else format(value * scale, form)
+
+    return text
+
+
 @dataclass(frozen=True)
 class Table:
     """Records under a title."""
@@ -103,7 +113,7 @@ class TerminalReport:
         for column in shown:
             drawn.add_column(
                 column.title, justify="left" if column.is_text else "right",
-                no_wrap=not column.is_text,
+                no_wrap=not column.is_text, overflow="fold",
             )  # fmt: skip
         for record in table.records:
             drawn.add_row(*(Text(column.text(record)) for column in shown))
