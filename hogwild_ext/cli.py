@@ -293,7 +293,7 @@ def _bench_attention(options: argparse.Namespace) -> int:
             cell.layout()  # before anything that takes time
         if options.device == "auto":
             _say(f"measuring on the CPU: {reason}")
-        bench: attention.Bench = attention.on_cpu()
+        bench: attention.Bench = attention.on_cpu(seconds=1.0 if options.quick else 3.0)
     elif is_model:
         reason = "--gpu asks for a model" if options.gpu else reason
         bench = attention.Modelled(options.gpu or "h100", reason)

@@ -75,6 +75,13 @@ def _of_cell(cell: Cell) -> dict[str, Any]:
     return {**asdict(cell), "heads": str(cell.heads), "model": cell.heads.model}
 
 
+def _microseconds(record: Record) -> str:
+    if "seconds" not in record:
+        return ""
+    value = record["seconds"] * 1e6
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
 _CELL_COLUMNS = (
     Column("segs", lambda r: str(r["segments"]), is_text=True),
     Column("context", number("context", form=",d")),
@@ -115,7 +122,7 @@ class Measured:
             Column(
                 "what", lambda r: ": ".join(filter(None, (r["what"], r["error"]))), is_text=True
             ),
-            Column("µs", number("seconds", 1e6)),
+            Column("µs", _microseconds),
             Column("±", number("spread", form=".0%")),
             *yardstick.columns,
             Column("ratio", number("times_ours", form=".2f")),

@@ -127,7 +127,9 @@ class Cell:
     def layout(self) -> Layout:
         """Raises ValueError if the context is too short for so many workers."""
         brought = self.query_lengths
-        if self.step == "prompt" and self.workers == 1:
+        if self.step == "prompt":
+            if self.workers != 1:
+                raise ValueError(f"workers: expected 1 for a prompt, got {self.workers}")
             return Layout([[0]], [self.context], [self.context])
         shorts = max(self.workers, self.short_segments)
         own = max(*brought, min(SHORT_SEGMENT, self.context // (2 * shorts)), 1)
