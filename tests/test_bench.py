@@ -497,7 +497,7 @@ def test_the_whole_benchmark_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> Non
     words = ["--workers", "1", "3", "--context", "700", "--heads", "llama-3", "--json"]
     assert hogwild(*words) == 0
     about, *records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert about["measured"] and about["cold"]
+    assert about["measured"] and "cold" in about["caches"]
     ours = [r for r in records if r["what"].startswith("step.attend")]
     assert len(ours) == 2 * 2 * 3 * 2
     assert all(0 < r["part_of_copy"] < 2 for r in ours)
