@@ -20,7 +20,7 @@ from .timing import Function, Timing
 READ, MULTIPLY_ADD = "read", "multiply-add"  # names of the passes
 BUFFER_BYTES = 1 << 30  # a server's last cache can have half of it
 PASS_BYTES = 1 << 26
-PASS_SECONDS = 4e-3  # of multiply-adds; waking the threads costs little beside it
+PASS_SECONDS = 1e-2  # of multiply-adds; waking the threads costs little beside it
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,17 @@ class Ceilings:
         self._next += self._pass_bytes
 
     def _iterations(self, code: int) -> int:
-        """As many as take about PASS_SECONDS."""
+        """As many as all threads together take about PASS_SECONDS for."""
         iterations = 1000
         while True:
-            start = time.perf_counter()
-            _C.fma_pass(code, iterations, self.threads)
-            taken = time.perf_counter() - start
-            if taken > PASS_SECONDS / 8:
-                return max(1, int(iterations * PASS_SECONDS / taken))
+            taken = min(self._alone(code, iterations) for _ in range(5))
+            if taken > PASS_SECONDS / 16:
+                return max(1, int(iterations * self.threads * PASS_SECONDS / taken))
             iterations *= 2
+
+    @staticmethod
+    def _alone(code: int, iterations: int) -> float:
+        """Seconds that one thread takes; no other one can keep it waiting."""
+        start = time.perf_counter()
+        _C.fma_pass(code, iterations, 1)
+        return time.perf_counter() - start
