@@ -196,7 +196,7 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     attention.add_argument(
         "--check", nargs="*", metavar="WORD",
         help="hold the CPU's kernels against targets, all or those with all of these words in "
-        "their titles; exit code 1 if one is missed",
+        "their titles, with the grid for those beside torch; exit code 1 if one is missed",
     )  # fmt: skip
 
     cells = attention.add_argument_group(

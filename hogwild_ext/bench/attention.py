@@ -25,7 +25,7 @@ from .ceilings import Ceilings
 from .grid import Cell
 from .inputs import Inputs
 from .peers import CPU_PEERS, GPU_PEERS, OURS, Candidate, Peer
-from .report import Column, Record, Report, Table, number
+from .report import Column, Record, Report, Table, number, short_count
 from .roofline import GPUS, LAUNCH_SECONDS, estimate
 from .timing import ClockTimer, CudaTimer, Timer
 from .work import SECTOR, check, count_layer
@@ -84,7 +84,7 @@ def _microseconds(record: Record) -> str:
 
 _CELL_COLUMNS = (
     Column("segs", lambda r: str(r["segments"]), is_text=True),
-    Column("context", number("context", form=",d")),
+    Column("ctx", lambda r: short_count(r["context"])),
     Column("W", number("workers", form="d")),
 )
 
@@ -220,7 +220,7 @@ def on_cpu(
         _cpu_name(),
         ClockTimer(seconds),
         Roofline(ceilings or Ceilings()),
-        "after each other's data and a pass over other memory have gone through the caches",
+        "with other data read in between",
         peers,
     )
 

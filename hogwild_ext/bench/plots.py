@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Record, Report, Table
+from .report import Record, Report, Table, short_count
 
 PANEL = 2.7, 2.3  # inches
 COLOURS = ("#1b6ca8", "#2a9d5c", "#d9822b", "#b5334a")  # of the numbers of workers
@@ -101,7 +101,7 @@ def _draw_kind(
         lower.axhline(1, color="#999999", linewidth=0.8)
         lower.set_yscale("log", base=2)
         lower.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        lower.set_xticks(range(len(contexts)), [_short(context) for context in contexts])
+        lower.set_xticks(range(len(contexts)), [short_count(context) for context in contexts])
         lower.set_xlabel("tokens of context")
         for panel in (upper, lower):
             panel.grid(axis="y", color="#e5e5e5", linewidth=0.7)
@@ -124,7 +124,3 @@ def _draw_kind(
     )  # fmt: skip
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

@@ -23,6 +23,11 @@ class Column:
 WIDE = 108
 
 
+def short_count(tokens: int) -> str:
+    """As in 512 or 4k."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
 def number(key: str, scale: float = 1, form: str = ".1f") -> Callable[[Record], str]:
     """The text of a column: a record's number, or nothing if it has none."""
 
