@@ -359,6 +359,7 @@ def _check_targets(words: list[str], cells: Any, shown: Any) -> int:
     if not chosen:
         names = "; ".join(t.name for t in everything)
         raise CommandError(f"--check: no target has {' '.join(words)!r} in its title: {names}")
+    shown.about(*machine.about())
     return targets.check(chosen, shown)
 
 

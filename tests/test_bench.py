@@ -777,7 +777,9 @@ def test_targets_are_chosen_by_words(
     machine = small_machine()
     monkeypatch.setattr(attention_targets, "Machine", lambda *_, **__: machine)
     assert hogwild("--device", "cpu", "--json", "--check", "prompt", "smollm2") in (0, 1)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    about, *lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert about["isa"] == _C.isa() and {line["kind"] for line in lines} == {"target"}
+    assert {line["target"] for line in lines} == {"Prompt of 64 tokens, SmolLM2's heads"}
     assert [line["name"].split(":")[0] for line in lines] == ["bfloat16", "float32"]
     assert hogwild("--device", "cpu", "--check", "no such") == 2
     assert "--check: no target has 'no such' in its title: decode," in capsys.readouterr().err

@@ -217,7 +217,7 @@ def on_cpu(
     """On the CPU, with the threads that torch has; about so many seconds a cell."""
     return Measured(
         torch.device("cpu"),
-        _cpu_name(),
+        cpu_name(),
         ClockTimer(seconds),
         Roofline(ceilings or Ceilings()),
         "with other data read in between",
@@ -225,7 +225,8 @@ def on_cpu(
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the CPU calls itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
+from .. import _C
 from ..cache import SegmentCache
 from ..ops import concurrent_attention
-from .attention import on_cpu
+from .attention import cpu_name, on_cpu
 from .ceilings import Ceilings, Rates, Work
 from .grid import MODELS, Cell, Heads
 from .inputs import Inputs
 from .peers import CPU_PEERS, OURS, Peer, SdpaPerWorker, open_step
 from .plots import speed_ups
-from .targets import Line, Target
+from .report import Record
+from .targets import NOISE, Line, Target
 from .timing import Function, Timer, Timing
 
 CPU = torch.device("cpu")
@@ -44,6 +46,21 @@ class Machine:
     long_segment: int = LONG
     prompt: int = 2048
     seconds: float = 3.0  # of a cell
+
+    def about(self) -> tuple[list[str], Record]:
+        """What `Report.about` gets."""
+        cpu, threads, isa = cpu_name(), self.ceilings.threads, _C.isa()
+        lines = [
+            f"{cpu}; {threads} threads ({_C.thread_pool()}), {isa} kernels; hogwild_ext "
+            f"{_C.__version__}, torch {torch.__version__}",
+            "figures are medians of calls in turn, ±: half the distance between the quartiles; "
+            f"NOISY: it is above {NOISE:.0%}",
+        ]
+        facts = {
+            "device": cpu, "threads": threads, "isa": isa, "rounds": self.rounds,
+            "versions": {"hogwild_ext": _C.__version__, "torch": torch.__version__},
+        }  # fmt: skip
+        return lines, facts
 
 
 def targets(machine: Machine) -> list[Target]:

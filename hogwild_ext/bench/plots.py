@@ -119,8 +119,8 @@ def _draw_kind(
     ]
     figure.suptitle(title, fontsize=11)
     figure.legend(
-        handles=legend, loc="outside lower center", ncols=min(6, len(legend)), frameon=False,
-        fontsize=9,
+        handles=legend, loc="outside lower center", ncols=3 if len(heads) <= 2 else 6,
+        frameon=False, fontsize=9,
     )  # fmt: skip
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -45,6 +45,7 @@ class Table:
     title: str
     columns: Sequence[Column]
     records: Sequence[Record]
+    kind: str = "cell"  # of the records, in JSON
 
 
 class Report(Protocol):
@@ -67,7 +68,7 @@ class JsonReport:
 
     def table(self, table: Table) -> None:
         for record in table.records:
-            self._write({"kind": "cell", **record})
+            self._write({"kind": table.kind, **record})
 
     def _write(self, content: Record) -> None:
         print(json.dumps(content), file=self._out, flush=True)

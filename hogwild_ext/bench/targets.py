@@ -73,7 +73,8 @@ def check(targets: Sequence[Target], report: Report) -> int:
     for target in targets:
         lines = list(target.measure())
         failed |= any(line.verdict == "FAIL" for line in lines)
-        report.table(Table(target.name, COLUMNS, [line.record for line in lines]))
+        records = [{"target": target.name, **line.record} for line in lines]
+        report.table(Table(target.name, COLUMNS, records, kind="target"))
     return 1 if failed else 0
 
 
