@@ -441,11 +441,12 @@ def test_rates_and_the_least_time() -> None:
         ceilings.MULTIPLY_ADD: timing.Timing((5.0,) * 3),
     }
     rates = machine.rates("float32", timings)
-    assert rates == ceilings.Rates((1 << 18) / 2, done / 5, timings[ceilings.READ].spread)
-    rates = ceilings.Rates(100.0, 1000.0, 0.0)
+    assert rates == ceilings.Rates((1 << 18) / 2, done / 5, timings[ceilings.READ].spread, 0.0)
+    rates = ceilings.Rates(100.0, 1000.0, 0.1, 0.2)
     memory, arithmetic = ceilings.Work(200, 1000), ceilings.Work(200, 5000)
     assert (rates.least_seconds(memory), rates.limit(memory)) == (2.0, "memory")
     assert (rates.least_seconds(arithmetic), rates.limit(arithmetic)) == (5.0, "arithmetic")
+    assert (rates.spread(memory), rates.spread(arithmetic)) == (0.1, 0.2)
 
 
 def test_functions_are_timed_in_turn() -> None:
@@ -761,7 +762,7 @@ def test_rows_of_a_decode_cell(rows: int) -> None:
 
 def test_the_ridge() -> None:
     """Where reading an element of float32 takes as long as multiplying it with each row."""
-    rates = ceilings.Rates(10e9, 50e9, 0.0)
+    rates = ceilings.Rates(10e9, 50e9)
     assert attention_targets.ridge_rows(rates) == 20
     cell = attention_targets.decode_cell(small_machine(), "float32", 128, 20)
     todo = ceilings.Work.of(cell)

@@ -141,7 +141,7 @@ def _roofline_lines(machine: Machine, cell: Cell, name: str, bound: float) -> It
     yield Line(
         f"{name}: part of the roofline",
         part,
-        max(ours.spread, rates.spread),
+        max(ours.spread, rates.spread(work)),
         bound,
         "%",
         note=limit,

@@ -47,7 +47,8 @@ class Rates:
 
     bytes_per_second: float
     fmas_per_second: float
-    spread: float  # the larger one of the two
+    read_spread: float = 0.0
+    multiply_spread: float = 0.0
 
     def least_seconds(self, work: Work) -> float:
         """The roofline: reading and multiplying at the same time, each as fast as it goes."""
@@ -56,6 +57,10 @@ class Rates:
     def limit(self, work: Work) -> str:
         reading = work.bytes / self.bytes_per_second
         return "memory" if reading >= work.fmas / self.fmas_per_second else "arithmetic"
+
+    def spread(self, work: Work) -> float:
+        """Of the rate that is the limit."""
+        return self.read_spread if self.limit(work) == "memory" else self.multiply_spread
 
 
 class Ceilings:
@@ -84,7 +89,8 @@ class Ceilings:
         return Rates(
             self._pass_bytes / read.median,
             self._fmas[dtype] / multiply.median,
-            max(read.spread, multiply.spread),
+            read.spread,
+            multiply.spread,
         )
 
     def _read(self) -> None:
