@@ -127,6 +127,16 @@ void read_pages(int dtype, int kv_heads, int dim, Address pages, bool is_key,
              page_table.data(), start, length, reinterpret_cast<void*>(out)});
 }
 
+uint32_t read_bandwidth_pass(Address data, int64_t bytes, int threads) {
+  const py::gil_scoped_release release;
+  return cpu::read_bandwidth_pass(reinterpret_cast<const void*>(data), bytes, threads);
+}
+
+int64_t fma_pass(int dtype, int64_t iterations, int threads) {
+  const py::gil_scoped_release release;
+  return cpu::fma_pass(DType(dtype), iterations, threads);
+}
+
 // Angles [n, 2, R/2] of integer positions.
 Floats fill_angles(const Ints& positions, const Floats& inv_freq) {
   Floats angles({py::ssize_t(positions.size()), py::ssize_t(2), py::ssize_t(inv_freq.size())});
@@ -197,6 +207,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy_pages", &copy_pages);
   m.def("read_pages", &read_pages);
   m.def("fill_angles", &fill_angles);
+  m.def("read_bandwidth_pass", &read_bandwidth_pass, py::arg("data"), py::arg("bytes"),
+        py::arg("threads"));
+  m.def("fma_pass", &fma_pass, py::arg("dtype"), py::arg("iterations"), py::arg("threads"));
   m.def("key_page_elements", [](int dtype, int kv_heads, int head_dim) {
     return cpu::key_page_elements(make_heads(dtype, kv_heads, 1, head_dim, head_dim));
   });

@@ -1,7 +1,8 @@
 """The command `hogwild`: `hogwild run`, `hogwild bench` and `hogwild info`.
 
 The model libraries are imported when a command needs them. What a command produces goes to stdout,
-what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C.
+what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C; 1
+if a target of `hogwild bench attention --check` is missed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .live import View
 
 INSTALL = 'pip install "hogwild_ext[run]"'
+INSTALL_BENCH = 'pip install "hogwild_ext[bench]"'
 
 # How the default model is run: long enough to see everything, short enough to end within a minute
 # on two cores, and sampled so that a model this small neither repeats itself nor loses the thread.
@@ -170,26 +172,36 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         "attention",
         parents=[common],
         help="one layer's attention, beside other libraries",
-        description="Times one layer's attention on a GPU, beside the libraries that are "
-        "installed: FlashInfer, flash-attention and torch's SDPA. Without a GPU it counts the "
-        "work and prints a roofline model of a GPU's time.",
+        description="Times one layer's attention, beside other libraries: on a GPU FlashInfer, "
+        "flash-attention and torch's SDPA, as far as they are installed; on the CPU SDPA, "
+        "FlexAttention and rotating and concatenating every view, with a roofline measured in the "
+        "same run. For a GPU that is not there it counts the work and prints a roofline model.",
         epilog="Every option of the grid takes several values, as in --workers 1 4 --context 4k.",
     )
     attention.set_defaults(command=_bench_attention)
     attention.add_argument(
-        "--device", default="auto", help="auto, cuda or cuda:N; a model if there is no GPU"
-    )
-    attention.add_argument(
-        "--gpu", choices=GPUS, help="model this GPU, whatever is there (default: h100)"
-    )
+        "--device", default="auto",
+        help="auto, cpu, cuda or cuda:N (default: a GPU if there is one, else the CPU); cuda "
+        "without a GPU prints a model",
+    )  # fmt: skip
+    attention.add_argument("--gpu", choices=GPUS, help="model this GPU, whatever is there")
     attention.add_argument(
         "--quick", action="store_true", help="a small part of the grid, done within a minute"
     )
     attention.add_argument(
-        "--warm", action="store_true", help="leave the L2 cache as the last call left it"
-    )
+        "--warm", action="store_true",
+        help="leave a GPU's L2 cache as the last call left it",
+    )  # fmt: skip
+    attention.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU")
+    attention.add_argument(
+        "--check", nargs="*", metavar="WORD",
+        help="hold the CPU's kernels against targets, all or those with all of these words in "
+        "their titles, with the grid for those beside torch; exit code 1 if one is missed",
+    )  # fmt: skip
 
-    cells = attention.add_argument_group("grid", "by default, all of it in bfloat16")
+    cells = attention.add_argument_group(
+        "grid", "by default, all of it in bfloat16, on the CPU also in float32"
+    )
     cells.add_argument("--workers", type=_positive, nargs="+", metavar="N")
     cells.add_argument(
         "--context", type=_tokens, nargs="+", metavar="N", help="tokens of a view, as in 512 or 4k"
@@ -198,11 +210,15 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         "--heads", nargs="+", metavar="HEADS",
         help=f"{', '.join(grid.MODELS)}, or heads as in 32/8x128",
     )  # fmt: skip
-    cells.add_argument("--dtype", choices=grid.DTYPES, nargs="+", default=["bfloat16"])
+    cells.add_argument("--dtype", choices=grid.DTYPES, nargs="+")
     cells.add_argument("--step", choices=grid.STEPS, nargs="+")
     cells.add_argument("--segments", choices=grid.SEGMENTS, nargs="+")
 
-    output = attention.add_argument_group("output").add_mutually_exclusive_group()
+    outputs = attention.add_argument_group("output")
+    outputs.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="also draw pictures of the CPU's figures there"
+    )
+    output = outputs.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a line for each row")
     output.add_argument("--markdown", action="store_true", help="tables in Markdown")
 
@@ -250,23 +266,14 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench_attention(options: argparse.Namespace) -> int:
-    from .bench import attention, grid, report
+    from .bench import attention, plots, report
 
-    try:
-        heads = [grid.heads_from(text) for text in options.heads or ()]
-    except ValueError as error:
-        raise CommandError(f"--heads: {error}") from None
-    full, quick = grid.FULL, grid.QUICK
-    default = quick if options.quick else full
-    cells = grid.cells(
-        heads or default.heads,
-        options.dtype,
-        options.step or default.steps,
-        options.segments or default.segments,
-        options.context or default.contexts,
-        options.workers or default.workers,
-    )
-    bench = _attention_bench(options)
+    asked = "auto" if options.device == "cuda" else options.device
+    device, reason = choose_device(asked)
+    is_model = bool(options.gpu) or (device == "cpu" and options.device == "cuda")
+    is_cpu = device == "cpu" and not is_model
+    _check_bench_options(options, is_cpu)
+    cells = _bench_cells(options, is_cpu)
     shown: report.Report
     if options.json:
         shown = report.JsonReport(sys.stdout)
@@ -275,31 +282,85 @@ def _bench_attention(options: argparse.Namespace) -> int:
     else:
         _require("rich")
         shown = report.TerminalReport(sys.stdout)
-    return attention.run(cells, bench, shown)
+    if is_cpu:
+        import torch
 
-
-def _attention_bench(options: argparse.Namespace) -> Any:
-    """On a GPU that can be used measurements, else, or with --gpu, a model."""
-    from .bench.attention import Measured, Modelled
-
-    if options.device == "cpu":
-        raise CommandError(
-            "--device: expected auto, cuda or cuda:N, got cpu: the CPU's benchmark is "
-            "bench/decode_attention.py"
-        )
-    asked = "auto" if options.device == "cuda" else options.device
-    device, reason = choose_device(asked)
-    if options.gpu or device == "cpu":
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if options.check is not None:
+            return _check_targets(options.check, cells, shown)
+        for cell in cells:
+            cell.layout()  # before anything that takes time
+        if options.device == "auto":
+            _say(f"measuring on the CPU: {reason}")
+        bench: attention.Bench = attention.on_cpu(seconds=1.0 if options.quick else 3.0)
+    elif is_model:
         reason = "--gpu asks for a model" if options.gpu else reason
-        return Modelled(options.gpu or "h100", reason)
+        bench = attention.Modelled(options.gpu or "h100", reason)
+    else:
+        bench = attention.on_gpu(device, cold=not options.warm)
+    if not options.plot:
+        return attention.run(cells, bench, shown)
+    plotted = plots.PlottedReport(shown)
+    code = attention.run(cells, bench, plotted)
+    for path in plots.draw(plotted.records, options.plot):
+        _say(f"drew {path}")
+    return code
 
-    import torch
 
-    from .bench.timing import CudaTimer
+def _check_bench_options(options: argparse.Namespace, is_cpu: bool) -> None:
+    """Raises CommandError for those that do not go together."""
+    if not is_cpu:
+        for name in ("threads", "plot", "check"):
+            if getattr(options, name) is not None:
+                raise CommandError(f"--{name}: expected the CPU's benchmark, --device cpu")
+    elif options.warm:
+        raise CommandError("--warm: expected a GPU's benchmark, --device cuda")
+    if options.check is not None:
+        if options.plot:
+            raise CommandError("--plot: expected no --check, which draws nothing")
+        _require("transformers")
+    if options.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise CommandError(f"--plot: not installed: matplotlib. Type: {INSTALL_BENCH}")
+        if options.plot.exists() and not options.plot.is_dir():
+            raise CommandError(f"--plot: expected a folder, got the file {options.plot}")
 
-    cuda = torch.device(device)
-    name = torch.cuda.get_device_name(cuda)
-    return Measured(cuda, name, CudaTimer(cuda, cold=not options.warm), cold=not options.warm)
+
+def _bench_cells(options: argparse.Namespace, is_cpu: bool) -> Any:
+    from .bench import grid
+
+    try:
+        heads = [grid.heads_from(text) for text in options.heads or ()]
+    except ValueError as error:
+        raise CommandError(f"--heads: {error}") from None
+    full, quick = (grid.CPU, grid.CPU_QUICK) if is_cpu else (grid.GPU, grid.GPU_QUICK)
+    default = quick if options.quick else full
+    return grid.Grid(
+        heads or default.heads,
+        options.dtype or default.dtypes,
+        options.step or default.steps,
+        options.segments or default.segments,
+        options.context or default.contexts,
+        options.workers or default.workers,
+        default.prefill,
+    ).cells()
+
+
+def _check_targets(words: list[str], cells: Any, shown: Any) -> int:
+    from .bench import attention_targets, targets
+    from .bench.attention import ROUNDS
+    from .bench.ceilings import Ceilings
+    from .bench.timing import ClockTimer
+
+    machine = attention_targets.Machine(ClockTimer(), Ceilings(), cells, rounds=ROUNDS)
+    everything = [*attention_targets.targets(machine)]  # those of other modules go here
+    chosen = [t for t in everything if all(word.lower() in t.name.lower() for word in words)]
+    if not chosen:
+        names = "; ".join(t.name for t in everything)
+        raise CommandError(f"--check: no target has {' '.join(words)!r} in its title: {names}")
+    shown.about(*machine.about())
+    return targets.check(chosen, shown)
 
 
 # ---- hogwild run ---------------------------------------------------------------------------------

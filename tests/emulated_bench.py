@@ -21,10 +21,10 @@ SESSION = session.start()
 import torch  # noqa: E402
 
 from hogwild_ext import cli  # noqa: E402
-from hogwild_ext.bench import attention, report, timing  # noqa: E402
+from hogwild_ext.bench import attention, report, timing, yardsticks  # noqa: E402
 from hogwild_ext.bench.grid import Cell, Heads  # noqa: E402
 from hogwild_ext.bench.inputs import Inputs  # noqa: E402
-from hogwild_ext.bench.peers import PEERS, StepAttend  # noqa: E402
+from hogwild_ext.bench.peers import GPU_PEERS, StepAttend  # noqa: E402
 from hogwild_ext.bench.work import count_layer  # noqa: E402
 
 
@@ -101,9 +101,10 @@ class EmulatedTimer(timing.ClockTimer):
 
 
 def measured() -> int:
+    device, timer = torch.device("cpu"), EmulatedTimer()
     bench = attention.Measured(
-        torch.device("cpu"), "emulated GPU", EmulatedTimer(), cold=False, peers=PEERS, rounds=2,
-        copy_bytes=1 << 20,
+        device, "emulated GPU", timer, yardsticks.CopyRate(device, timer, 1 << 20), "warm",
+        GPU_PEERS, rounds=2,
     )  # fmt: skip
     cells = [
         cell((4, 2, 64), "decode", "few", 200, 2),

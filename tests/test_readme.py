@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hogwild_ext import cli
 from readme_commands import readme_command
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,16 @@ def test_the_readme_has_its_commands() -> None:
     assert "hogwild run" in readme_command("run")
     assert "pytest" in readme_command("test")
     assert "torch" in readme_command("torch")
+
+
+def test_the_benchmarks_commands_are_understood() -> None:
+    commands = re.findall(
+        r"^\.venv/bin/hogwild (bench .*)$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(commands) >= 4
+    for command in commands:
+        options = cli._parser().parse_args(shlex.split(command, comments=True))
+        assert options.command is cli._bench_attention
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/how-it-works.md"])

@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -292,6 +293,28 @@ void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* sou
 }
 
 void read(const ReadArgs& args) { kernels().read(args); }
+
+uint32_t read_bandwidth_pass(const void* data, int64_t bytes, int threads) {
+  constexpr int64_t PIECE = 1 << 20;
+  const int pieces = int((bytes + PIECE - 1) / PIECE);
+  std::atomic<uint32_t> sum{0};
+  parallel(threads, pieces, [&](int, int i) {
+    const int64_t begin = i * PIECE;
+    const int64_t size = std::min(PIECE, bytes - begin);
+    sum += kernels().read_all(static_cast<const char*>(data) + begin, size);
+  });
+  return sum;
+}
+
+int64_t fma_pass(DType dtype, int64_t iterations, int threads) {
+  const int pieces = 8 * threads;  // so that a thread that is held up does less
+  std::atomic<int64_t> done{0};
+  parallel(threads, pieces, [&](int, int i) {
+    const int64_t share = iterations * (i + 1) / pieces - iterations * i / pieces;
+    done += kernels().multiply_add(dtype, share);
+  });
+  return done;
+}
 
 int64_t key_page_elements(const Heads& heads) {
   return int64_t(heads.kv_heads) * TILE * heads.head_dim;

@@ -42,6 +42,12 @@ void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* sou
                 const int32_t* target_pages, int64_t count, int threads);
 void read(const ReadArgs& args);
 
+// Ceilings of the machine, to be timed. Reads all of `bytes`, a multiple of 4, and returns the sum
+// of the 32-bit words.
+uint32_t read_bandwidth_pass(const void* data, int64_t bytes, int threads);
+// Multiply-adds in registers, `iterations` of a loop in all; returns how many were done.
+int64_t fma_pass(DType dtype, int64_t iterations, int threads);
+
 // Elements of a page of all heads.
 int64_t key_page_elements(const Heads& heads);
 int64_t value_page_elements(const Heads& heads);

@@ -5,6 +5,7 @@
 
 #include "angles.h"
 #include "attend.h"
+#include "ceilings.h"
 #include "pages.h"
 
 namespace {
@@ -44,6 +45,15 @@ void read_any(const hogwild::cpu::ReadArgs& a) {
   }
 }
 
+int64_t multiply_add_any(DType dtype, int64_t iterations) {
+  switch (dtype) {
+    case DType::Float32: return multiply_add<Float32>(iterations);
+    case DType::Float16: return multiply_add<Float16>(iterations);
+    case DType::BFloat16: return multiply_add<BFloat16>(iterations);
+  }
+  return 0;
+}
+
 }  // namespace
 
 namespace hogwild::cpu {
@@ -61,6 +71,8 @@ extern const Kernels HOGWILD_CONCAT(kernels_, HOGWILD_ISA) = {
     append_any,
     commit_any,
     read_any,
+    read_all,
+    multiply_add_any,
 };
 
 }  // namespace hogwild::cpu

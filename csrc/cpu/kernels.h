@@ -87,6 +87,10 @@ struct Kernels {
   void (*append)(const AppendArgs& args, int32_t token_begin, int32_t token_end);
   void (*commit)(const CommitArgs& args, int32_t layer);
   void (*read)(const ReadArgs& args);
+
+  // What the machine can do at most, see ceilings.h.
+  uint32_t (*read_all)(const void* data, int64_t bytes);
+  int64_t (*multiply_add)(DType dtype, int64_t iterations);  // returns multiply-adds done
 };
 
 extern const Kernels kernels_baseline;

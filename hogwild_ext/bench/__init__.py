@@ -6,6 +6,10 @@
 | `work` | what the GPU's kernels do in a cell, counted from the tables of its step |
 | `roofline` | how long that would take at least on a named GPU: a model, not a measurement |
 | `inputs`, `peers`, `timing` | tensors, what is run on them, and how it is timed |
+| `flex` | FlexAttention, which has to compile |
+| `ceilings` | what the CPU reaches at most, and the least time of a cell that follows |
+| `yardsticks` | what times are held against: a copy on a GPU, the ceilings on the CPU |
 | `attention` | `hogwild bench attention` |
-| `report` | tables for a terminal, Markdown, JSON |
+| `targets`, `attention_targets` | `--check`: lines that pass or fail; those of attention |
+| `report`, `plots` | tables for a terminal, Markdown, JSON; pictures |
 """

@@ -1,32 +1,38 @@
 """`hogwild bench attention`: one layer's attention over a grid of steps.
 
-On a GPU every cell is computed by ours and by its peers, compared, then timed in turns. Without one
-the work is counted from the tables of the step and a roofline model says what it would cost.
+Every cell is computed by ours and by its peers, compared, then timed in turns. For a GPU that is
+not there the work is counted from the tables of the step and a roofline model says what it would
+cost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import itertools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
+from .ceilings import Ceilings
 from .grid import Cell
 from .inputs import Inputs
-from .peers import OURS, PEERS, Candidate, Peer, is_installed
-from .report import Column, Record, Report, Table
+from .peers import CPU_PEERS, GPU_PEERS, OURS, Candidate, Peer
+from .report import Column, Record, Report, Table, number, short_count
 from .roofline import GPUS, LAUNCH_SECONDS, estimate
-from .timing import Timer
-from .work import SECTOR, check, count_layer, step_bytes, step_tables
+from .timing import ClockTimer, CudaTimer, Timer
+from .work import SECTOR, check, count_layer
+from .yardsticks import CopyRate, Roofline, Yardstick
 
 ROUNDS = 30
-COPY_BYTES = 1 << 30
+CPU_CELL_SECONDS = 3.0  # of rounds, if there are enough of them by then
 # ||out - ours|| / ||ours|| that a worker may be off: loose, since peers round differently, and far
 # below what a wrong mask, rotation or page would do.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
@@ -65,22 +71,21 @@ class Bench(Protocol):
         """Rows of a table."""
 
 
-def _number(key: str, scale: float = 1, form: str = ".1f") -> Callable[[Record], str]:
-    def text(record: Record) -> str:
-        value = record.get(key)
-        return "" if value is None else format(value * scale, form)
-
-    return text
-
-
 def _of_cell(cell: Cell) -> dict[str, Any]:
     return {**asdict(cell), "heads": str(cell.heads), "model": cell.heads.model}
 
 
+def _microseconds(record: Record) -> str:
+    if "seconds" not in record:
+        return ""
+    value = record["seconds"] * 1e6
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
 _CELL_COLUMNS = (
     Column("segs", lambda r: str(r["segments"]), is_text=True),
-    Column("context", _number("context", form=",d")),
-    Column("W", _number("workers", form="d")),
+    Column("ctx", lambda r: short_count(r["context"])),
+    Column("W", number("workers", form="d")),
 )
 
 
@@ -91,38 +96,37 @@ class Measured:
     """Candidates compared and timed on a device."""
 
     title = "Measured"
-    columns = (
-        *_CELL_COLUMNS,
-        Column("what", lambda r: ": ".join(filter(None, (r["what"], r["error"]))), is_text=True),
-        Column("µs", _number("seconds", 1e6)),
-        Column("±", _number("spread", form=".0%")),
-        Column("GB/s", _number("bytes_per_second", 1e-9, ".0f")),
-        Column("of copy", _number("part_of_copy", form=".0%")),
-        Column("MB", _number("bytes", 1e-6), wide=True),
-        Column("times step.attend", _number("times_ours", form=".2f"), wide=True),
-    )
 
     def __init__(
         self,
         device: torch.device,
         device_name: str,
         timer: Timer,
-        cold: bool,
-        peers: Sequence[Peer] = PEERS,
+        yardstick: Yardstick,
+        caches: str,
+        peers: Sequence[Peer],
         rounds: int = ROUNDS,
-        copy_bytes: int = COPY_BYTES,
     ) -> None:
+        """`caches`: words for the state in which a call finds the device's caches."""
         self._device = device
         self._device_name = device_name
         self._timer = timer
-        self._cold = cold
-        self._peers = [peer for peer in peers if is_installed(peer)]
-        self._missing = [peer.name for peer in peers if not is_installed(peer)]
+        self._yardstick = yardstick
+        self._caches = caches
+        reasons = {peer.name: peer.why_not() for peer in peers}
+        self._peers = [peer for peer in peers if not reasons[peer.name]]
+        self._missing = {name: reason for name, reason in reasons.items() if reason}
         self._rounds = rounds
-        source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copy = timer({"copy": lambda: target.copy_(source)}, 10)["copy"]
-        self._copy_rate = 2 * copy_bytes / copy.median  # bytes a second, read and written
+        self.columns: Sequence[Column] = (
+            *_CELL_COLUMNS,
+            Column(
+                "what", lambda r: ": ".join(filter(None, (r["what"], r["error"]))), is_text=True
+            ),
+            Column("µs", _microseconds),
+            Column("±", number("spread", form=".0%")),
+            *yardstick.columns,
+            Column("ratio", number("times_ours", form=".2f")),
+        )
 
     def check(self, cell: Cell) -> None:
         cell.layout()
@@ -131,23 +135,20 @@ class Measured:
         libraries = sorted({"torch", *(peer.library for peer in self._peers)})
         versions = {name: _version(name) for name in libraries}
         named = ", ".join(f"{name} {version}" for name, version in versions.items())
-        cache = "cold" if self._cold else "warm"
+        measure_lines, measure_facts = self._yardstick.about()
         lines = [
             f"{self._device_name}; hogwild_ext {_C.__version__}, {named}",
-            f"a copy reaches {self._copy_rate / 1e9:.0f} GB/s, bytes read and written both counted",
-            f"µs: median of {self._rounds} calls, everybody in turn, with a {cache} L2 cache; "
-            "±: half the distance between the quartiles",
-            "GB/s counts keys and values once as each stores them, queries and outputs, and what "
-            "ours writes and reads of partial results",
+            f"µs: median of up to {self._rounds} calls, everybody in turn, {self._caches}; "
+            "±: half the distance between the quartiles; ratio: times as long as step.attend",
+            *measure_lines,
             "plans and page tables are made beforehand, except by concurrent_attention, which "
             "makes them in every call",
         ]
-        if self._missing:
-            lines.append(f"not installed, so not shown: {', '.join(self._missing)}")
+        lines += [f"not shown: {name} ({reason})" for name, reason in self._missing.items()]
         facts = {
             "measured": True, "device": self._device_name, "python": platform.python_version(),
             "versions": {"hogwild_ext": _C.__version__, **versions}, "missing": self._missing,
-            "copy_bytes_per_second": self._copy_rate, "cold": self._cold, "rounds": self._rounds,
+            "caches": self._caches, "rounds": self._rounds, **measure_facts,
         }  # fmt: skip
         return lines, facts
 
@@ -155,6 +156,7 @@ class Measured:
     def records(self, cell: Cell) -> list[Record]:
         """One for each candidate that fits the cell; with an `error` and no time for a peer that
         raised something or computes something else. Raises RuntimeError if ours disagree."""
+        gc.collect()  # a step and its cache know each other; with the tensors of the cell before
         inputs = Inputs.make(cell, self._device)
         ours, op = (peer.prepare(inputs) for peer in OURS)
         assert ours and op
@@ -181,23 +183,55 @@ class Measured:
                 errors[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
         functions = {name: candidate.run for name, candidate in candidates.items()}
-        timings = self._timer(functions, self._rounds)
-        baseline = timings[OURS[0].name].median
-        least = step_bytes(cell, step_tables(cell))
+        timings = self._timer({**self._yardstick.functions(cell), **functions}, self._rounds)
+        baseline = timings[OURS[0].name]
         records: list[Record] = []
-        for name, timing in timings.items():
-            partial = 2 * least.partial if name in own else 0
-            moved = candidates[name].cache_bytes + least.operands + partial
-            rate = moved / timing.median
+        for name, candidate in candidates.items():
+            timing = timings[name]
+            ratio = timing.over(baseline)
             records.append({
-                **_of_cell(cell), "what": name, "error": "", "bytes": moved,
-                "seconds": timing.median, "spread": timing.spread,
-                "bytes_per_second": rate, "part_of_copy": rate / self._copy_rate,
-                "times_ours": timing.median / baseline,
+                **_of_cell(cell), "what": name, "error": "", "is_ours": name in own,
+                "seconds": timing.median, "spread": timing.spread, "calls": len(timing.seconds),
+                **self._yardstick.figures(cell, candidate, name in own, timing, timings),
+                "times_ours": ratio.median, "ratio_spread": ratio.spread,
             })  # fmt: skip
         return records + [
             {**_of_cell(cell), "what": name, "error": error} for name, error in errors.items()
         ]
+
+
+def on_gpu(device: str, cold: bool) -> Measured:
+    """On a GPU, before each call of which the L2 cache is written over if `cold`."""
+    cuda = torch.device(device)
+    timer = CudaTimer(cuda, cold)
+    caches = f"with a {'cold' if cold else 'warm'} L2 cache"
+    name = torch.cuda.get_device_name(cuda)
+    return Measured(cuda, name, timer, CopyRate(cuda, timer), caches, GPU_PEERS)
+
+
+def on_cpu(
+    peers: Sequence[Peer] = CPU_PEERS,
+    ceilings: Ceilings | None = None,
+    seconds: float = CPU_CELL_SECONDS,
+) -> Measured:
+    """On the CPU, with the threads that torch has; about so many seconds a cell."""
+    return Measured(
+        torch.device("cpu"),
+        cpu_name(),
+        ClockTimer(seconds),
+        Roofline(ceilings or Ceilings()),
+        "with other data read in between",
+        peers,
+    )
+
+
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _captured(ours: Candidate, timer: Timer) -> Candidate | None:
@@ -235,20 +269,20 @@ def _version(library: str) -> str:
 class Modelled:
     """Work counted from the tables, and the roofline model's time for it."""
 
-    columns = (
+    columns: Sequence[Column] = (
         *_CELL_COLUMNS,
-        Column("launches", _number("launches", form="d"), wide=True),
-        Column("blocks", _number("blocks", form=",d")),
-        Column("rows", _number("block_rows", form="d")),
-        Column("tiles", _number("tiles", form=",d")),
-        Column("MB in", _number("read_bytes", 1e-6)),
-        Column("MB out", _number("written_bytes", 1e-6)),
-        Column("partials", _number("partial_results", form=",d"), wide=True),
-        Column("Msectors", _number("load_sectors", 1e-6, ".2f"), wide=True),
-        Column("Mmma", _number("mma", 1e-6, ".2f"), wide=True),
-        Column("waves", _number("waves", form="d"), wide=True),
-        Column("µs", _number("seconds", 1e6)),
-        Column("GB/s", _number("bytes_per_second", 1e-9, ".0f"), wide=True),
+        Column("launches", number("launches", form="d"), wide=True),
+        Column("blocks", number("blocks", form=",d")),
+        Column("rows", number("block_rows", form="d")),
+        Column("tiles", number("tiles", form=",d")),
+        Column("MB in", number("read_bytes", 1e-6)),
+        Column("MB out", number("written_bytes", 1e-6)),
+        Column("partials", number("partial_results", form=",d"), wide=True),
+        Column("Msectors", number("load_sectors", 1e-6, ".2f"), wide=True),
+        Column("Mmma", number("mma", 1e-6, ".2f"), wide=True),
+        Column("waves", number("waves", form="d"), wide=True),
+        Column("µs", number("seconds", 1e6)),
+        Column("GB/s", number("bytes_per_second", 1e-9, ".0f"), wide=True),
         Column("limit", lambda r: str(r["limit"]), is_text=True),
     )
 

@@ -4,25 +4,31 @@ A worker's view is always `context` tokens long, its new ones included:
 
     few     one long segment, then a short one of each worker, the reader's own last
     many    64 segments of equal length, each worker in an order of its own, then the short ones
+    17      as many as the number says
 
     decode   1 new token a worker
     ragged   3, 1, 2, 4, 3, ... new tokens
-    prefill  as many as half of the context holds, at most 1024 a worker
+    prefill  as many as half of the context holds, at most 1024 a worker; on the CPU, at most 256
+             of all workers
+    prompt   the whole context, of one worker
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 SHORT_SEGMENT = 32  # tokens that a worker has written
 MANY_SEGMENTS = 64
 LONGEST_PREFILL = 1024  # new tokens of a worker
+CPU_PREFILL = 256  # of all workers: with 64k tokens of context already seconds a call
 RAGGED = (3, 1, 2, 4)
 
-STEPS = ("decode", "ragged", "prefill")
+STEPS = ("decode", "ragged", "prefill", "prompt")
 SEGMENTS = ("few", "many")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -73,6 +79,20 @@ class Layout:
     lengths: list[int]  # of the segments, after the step's append
     query_lengths: list[int]  # new tokens of each worker
 
+    def visible_pairs(self) -> int:
+        """Pairs of a new token and a token that it sees: those of its view up to itself."""
+        pairs = 0
+        for w, new in enumerate(self.query_lengths):
+            context = sum(self.lengths[segment] for segment in self.views[w])
+            ends = np.arange(context - new, context) + 1
+            for segment, start in self.starts(w):
+                pairs += int(np.clip(ends - start, 0, self.lengths[segment]).sum())
+        return pairs
+
+    def seen_tokens(self) -> int:
+        """Tokens of all segments that are in somebody's view, each once."""
+        return sum(self.lengths[segment] for segment in {s for view in self.views for s in view})
+
     def starts(self, worker: int) -> Iterator[tuple[int, int]]:
         """(segment, position of its first token) along a worker's view."""
         start = 0
@@ -91,36 +111,49 @@ class Cell:
     segments: str
     context: int
     workers: int
+    longest_prefill: int = LONGEST_PREFILL  # new tokens of a worker
+    short_segments: int = 0  # at least so many, those of the workers among them
 
     @property
     def query_lengths(self) -> list[int]:
-        prefill = max(1, min(LONGEST_PREFILL, self.context // (2 * self.workers)))
+        prefill = max(1, min(self.longest_prefill, self.context // (2 * self.workers)))
         return {
             "decode": [1] * self.workers,
             "ragged": [RAGGED[w % len(RAGGED)] for w in range(self.workers)],
             "prefill": [prefill] * self.workers,
+            "prompt": [self.context] * self.workers,
         }[self.step]
 
     def layout(self) -> Layout:
         """Raises ValueError if the context is too short for so many workers."""
         brought = self.query_lengths
-        own = max(*brought, min(SHORT_SEGMENT, self.context // (2 * self.workers)), 1)
-        shared = self.context - own * self.workers
+        if self.step == "prompt":
+            if self.workers != 1:
+                raise ValueError(f"workers: expected 1 for a prompt, got {self.workers}")
+            return Layout([[0]], [self.context], [self.context])
+        shorts = max(self.workers, self.short_segments)
+        own = max(*brought, min(SHORT_SEGMENT, self.context // (2 * shorts)), 1)
+        shared = self.context - own * shorts
         if shared < 1:
             raise ValueError(
-                f"context: expected more than {own * self.workers} tokens for {self.workers} "
+                f"context: expected more than {own * shorts} tokens for {self.workers} "
                 f"workers ({self.step}), got {self.context}"
             )
-        count = min(MANY_SEGMENTS, shared) if self.segments == "many" else 1
+        count = min(self._long_segments, shared)
         ends = [shared * (i + 1) // count for i in range(count)]
         lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        written = range(count, count + self.workers)
+        short = range(count, count + shorts)
         views = []
         for w in range(self.workers):
             first = w * count // self.workers
             order = [*range(first, count), *range(first)]
-            views.append([*order, *(s for s in written if s != count + w), count + w])
-        return Layout(views, [*lengths, *([own] * self.workers)], brought)
+            views.append([*order, *(s for s in short if s != count + w), count + w])
+        return Layout(views, [*lengths, *([own] * shorts)], brought)
+
+    @property
+    def _long_segments(self) -> int:
+        named = {"few": 1, "many": MANY_SEGMENTS}
+        return named[self.segments] if self.segments in named else int(self.segments)
 
 
 @dataclass(frozen=True)
@@ -128,22 +161,39 @@ class Grid:
     """What is benchmarked unless something else is asked for."""
 
     heads: Sequence[Heads]
+    dtypes: Sequence[str]
     steps: Sequence[str]
     segments: Sequence[str]
     contexts: Sequence[int]
     workers: Sequence[int]
+    prefill: int | None = None  # new tokens of all workers in a prefill, at most
+
+    def cells(self) -> list[Cell]:
+        """All of them, the heads outermost and the workers innermost."""
+        return [
+            Cell(*values, longest_prefill=self._longest_prefill(values[-1]))
+            for values in itertools.product(
+                self.heads, self.dtypes, self.steps, self.segments, self.contexts, self.workers
+            )
+        ]
+
+    def _longest_prefill(self, workers: int) -> int:
+        of_all = self.prefill or LONGEST_PREFILL * workers
+        return max(1, min(LONGEST_PREFILL, of_all // workers))
 
 
-FULL = Grid(tuple(MODELS.values()), STEPS, SEGMENTS, (512, 2048, 4096, 16384, 65536), (1, 2, 4, 8))
-QUICK = Grid((MODELS["llama-3"],), ("decode",), SEGMENTS, (2048, 16384), (1, 4, 8))
-
-
-def cells(
-    heads: Iterable[Heads], dtypes: Sequence[str], steps: Sequence[str], segments: Sequence[str],
-    contexts: Sequence[int], workers: Sequence[int],
-) -> list[Cell]:  # fmt: skip
-    """The whole grid, the heads outermost and the workers innermost."""
-    return [
-        Cell(*values)
-        for values in itertools.product(heads, dtypes, steps, segments, contexts, workers)
-    ]
+_WORKERS = (1, 2, 4, 8)
+GPU = Grid(
+    tuple(MODELS.values()), ("bfloat16",), ("decode", "ragged", "prefill"), SEGMENTS,
+    (512, 2048, 4096, 16384, 65536), _WORKERS,
+)  # fmt: skip
+GPU_QUICK = Grid(
+    (MODELS["llama-3"],), ("bfloat16",), ("decode",), SEGMENTS, (2048, 16384), (1, 4, 8)
+)
+CPU = Grid(
+    tuple(MODELS.values()), ("bfloat16", "float32"), ("decode", "prefill"), SEGMENTS,
+    (512, 4096, 16384, 65536), _WORKERS, CPU_PREFILL,
+)  # fmt: skip
+CPU_QUICK = Grid(
+    (MODELS["llama-3"],), ("bfloat16",), ("decode",), SEGMENTS, (512, 8192), (1, 4), CPU_PREFILL
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ class Inputs:
     keys: list[Tensor]  # [L, Hkv, D] a segment, new tokens included; not rotated
     values: list[Tensor]
     query: Tensor  # [T, Hq, D], worker after worker; not rotated
-    _rotated: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def make(cell: Cell, device: torch.device) -> Inputs:
@@ -75,20 +75,17 @@ class Inputs:
         new = self.layout.query_lengths[owners.index(segment)] if segment in owners else 0
         return slice(length - new, length)
 
-    def rotated_keys(self, segment: int, start: int) -> Tensor:
-        """[L, Hkv, D]: its keys rotated to start, start + 1, ..."""
-        if (segment, start) not in self._rotated:
-            self._rotated[segment, start] = rotate(self.keys[segment], self.inv_freq, start)
-        return self._rotated[segment, start]
-
-    def view_keys(self, worker: int) -> Tensor:
-        """[context, Hkv, D]"""
-        starts = self.layout.starts(worker)
-        return torch.cat([self.rotated_keys(segment, start) for segment, start in starts])
-
-    def view_values(self, worker: int) -> Tensor:
-        """[context, Hkv, D]"""
-        return torch.cat([self.values[segment] for segment in self.layout.views[worker]])
+    @cached_property
+    def caches(self) -> tuple[Tensor, Tensor]:
+        """Keys, rotated along the views, and values: [W, Hkv, context, D] each."""
+        heads = self.cell.heads
+        shape = (self.workers, heads.kv_heads, self.cell.context, heads.head_dim)
+        keys, values = self.query.new_empty(shape), self.query.new_empty(shape)
+        for w, view in enumerate(self.layout.views):
+            rotated = rotate(torch.cat([self.keys[segment] for segment in view]), self.inv_freq)
+            keys[w] = rotated.transpose(0, 1)
+            values[w] = torch.cat([self.values[segment] for segment in view]).transpose(0, 1)
+        return keys, values
 
     def view_query(self, worker: int) -> Tensor:
         """[new tokens, Hq, D], rotated to the end of the view."""

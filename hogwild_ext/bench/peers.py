@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..cache import SegmentCache
 from ..ops import concurrent_attention, rotate, view_offsets
+from ..step import Step
+from . import flex
 from .inputs import Inputs
 
 PAGE = 64  # tokens of a page of the peers: as many as of ours
@@ -38,53 +40,30 @@ class Candidate:
 
 
 class Peer(Protocol):
-    """A way to compute a cell with another library."""
+    """A way to compute a cell."""
 
     name: str
     library: str  # the module that it comes with
+
+    def why_not(self) -> str:
+        """Why it cannot be run here; empty if it can."""
+        return "" if importlib.util.find_spec(self.library) else "not installed"
 
     def prepare(self, inputs: Inputs) -> Candidate | None:
         """None if it has nothing to do with the cell. May raise whatever the library raises."""
 
 
-def is_installed(peer: Peer) -> bool:
-    return importlib.util.find_spec(peer.library) is not None
-
-
 # ---- ours -------------------------------------------------------------------------------------
 
 
-class StepAttend:
+class StepAttend(Peer):
     """`Step.attend` on a segment cache: append, attention and merge on pages."""
 
     name = "step.attend"
     library = "hogwild_ext"
 
     def prepare(self, inputs: Inputs) -> Candidate:
-        layout, heads = inputs.layout, inputs.cell.heads
-        cache = SegmentCache(
-            1,
-            heads.kv_heads,
-            heads.head_dim,
-            inv_freq=inputs.inv_freq,
-            max_tokens=sum(layout.lengths),
-            spare_pages=len(layout.lengths),
-            dtype=inputs.query.dtype,
-            device=inputs.device,
-        )
-        segments = [cache.segment(str(s)) for s in range(len(layout.lengths))]
-        for s, segment in enumerate(segments):
-            if old := inputs.new_rows(s).start:
-                key, value = inputs.keys[s][:old], inputs.values[s][:old]
-                with cache.step([[segment]], [old]) as fill:
-                    fill.attend(0, torch.zeros_like(key), key, value)
-        own = [view[-1] for view in layout.views]
-        key, value = (
-            torch.cat([tensors[s][inputs.new_rows(s)] for s in own])
-            for tensors in (inputs.keys, inputs.values)
-        )
-        views = [[segments[s] for s in view] for view in layout.views]
-        step = cache.step(views, layout.query_lengths).__enter__()
+        step, key, value = open_step(inputs)
         out = torch.empty_like(inputs.query)
 
         def run() -> Tensor:
@@ -94,7 +73,38 @@ class StepAttend:
         return Candidate(run, _stored_bytes(*inputs.keys, *inputs.values), lambda out: out)
 
 
-class FunctionalOp:
+def open_step(inputs: Inputs) -> tuple[Step, Tensor, Tensor]:
+    """An open step on a segment cache that holds all but the new tokens, and their keys and values
+    [T, Hkv, D]."""
+    layout, heads = inputs.layout, inputs.cell.heads
+    cache = SegmentCache(
+        1,
+        heads.kv_heads,
+        heads.head_dim,
+        inv_freq=inputs.inv_freq,
+        max_tokens=sum(layout.lengths),
+        spare_pages=len(layout.lengths),
+        dtype=inputs.query.dtype,
+        device=inputs.device,
+    )
+    segments = [cache.segment(str(s)) for s in range(len(layout.lengths))]
+    cache.window = 1  # while it is filled: nobody asks for that attention
+    for s, segment in enumerate(segments):
+        if old := inputs.new_rows(s).start:
+            key, value = inputs.keys[s][:old], inputs.values[s][:old]
+            with cache.step([[segment]], [old]) as fill:
+                fill.attend(0, torch.zeros_like(key), key, value)
+    cache.window = None
+    own = [view[-1] for view in layout.views]
+    key, value = (
+        torch.cat([tensors[s][inputs.new_rows(s)] for s in own])
+        for tensors in (inputs.keys, inputs.values)
+    )
+    views = [[segments[s] for s in view] for view in layout.views]
+    return cache.step(views, layout.query_lengths).__enter__(), key, value
+
+
+class FunctionalOp(Peer):
     """`concurrent_attention` on plain tensors; it plans and copies its tables in every call."""
 
     name = "concurrent_attention"
@@ -122,51 +132,65 @@ class FunctionalOp:
 # ---- torch ------------------------------------------------------------------------------------
 
 
-class SdpaPerWorker:
-    """scaled_dot_product_attention on a contiguous cache for each worker."""
+class SdpaPerWorker(Peer):
+    """scaled_dot_product_attention on a contiguous cache for each worker. For one worker whose
+    whole context is new that is torch's causal path."""
 
     name = "SDPA, a cache a worker"
     library = "torch"
 
     def prepare(self, inputs: Inputs) -> Candidate:
-        from torch.nn.attention.bias import causal_lower_right
-
-        context, new = inputs.cell.context, inputs.layout.query_lengths
+        keys, values = inputs.caches
+        new, W = inputs.layout.query_lengths, inputs.workers
         # Workers that bring as many tokens as each other go together, [W, H, n, D].
-        groups = [list(range(inputs.workers))] if inputs.even else [[w] for w in range(len(new))]
+        groups = [slice(0, W)] if inputs.even else [slice(w, w + 1) for w in range(W)]
         calls = []
         for group in groups:
-            query, key, value = (
-                torch.stack([of(w) for w in group]).transpose(1, 2).contiguous()
-                for of in (inputs.view_query, inputs.view_keys, inputs.view_values)
-            )
-            count = new[group[0]]
-            mask = None if count == 1 else causal_lower_right(count, context)
-            calls.append((query, key, value, mask))
+            queries = [inputs.view_query(w) for w in range(W)[group]]
+            query = torch.stack(queries).transpose(1, 2).contiguous()
+            mask = _causal(new[group.start], inputs)
+            calls.append((query, keys[group], values[group], mask))
 
         def run() -> list[Tensor]:
             return [
-                scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+                scaled_dot_product_attention(q, k, v, **mask, enable_gqa=True)
                 for q, k, v, mask in calls
             ]
 
         return Candidate(
             run,
-            _stored_bytes(*(tensor for call in calls for tensor in call[1:3])),
+            _stored_bytes(keys, values),
             lambda outs: torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs]),
         )
 
 
-class SdpaPacked:
+def _causal(new: int, inputs: Inputs) -> dict[str, Any]:
+    """How scaled_dot_product_attention is told that the last `new` tokens see what is before
+    them: a tensor where only its kernels on GPUs know a word for it."""
+    context = inputs.cell.context
+    if new == 1:
+        return {}
+    if new == context:
+        return {"is_causal": True}
+    if inputs.device.type == "cpu":
+        hidden = torch.ones(new, context, dtype=torch.bool).triu(context - new + 1)
+        return {"attn_mask": inputs.query.new_zeros(new, context).masked_fill(hidden, -torch.inf)}
+    from torch.nn.attention.bias import causal_lower_right
+
+    return {"attn_mask": causal_lower_right(new, context)}
+
+
+class SdpaPacked(Peer):
     """scaled_dot_product_attention with the rows of all workers packed by hand into one call over
-    one contiguous cache: no rotation and nothing hidden, the most favourable case there is."""
+    one contiguous cache: no rotation and nothing hidden, the most favourable case there is. Several
+    new tokens would need a mask, and those of one worker are what `SdpaPerWorker` does."""
 
     name = "SDPA, rows packed"
     library = "torch"
 
     def prepare(self, inputs: Inputs) -> Candidate | None:
         if inputs.even != 1:
-            return None  # would need masks
+            return None
         heads, W = inputs.cell.heads, inputs.workers
         keys, values = torch.cat(inputs.keys), torch.cat(inputs.values)
         key, value = (x.transpose(0, 1)[None].contiguous() for x in (keys, values))
@@ -181,6 +205,74 @@ class SdpaPacked:
             _stored_bytes(key, value),
             lambda out: out[0].unflatten(1, (W, -1)).transpose(0, 1).flatten(1, 2),
             expected[:, 0],
+        )
+
+
+class Flex(Peer):
+    """torch's FlexAttention on a contiguous cache for each worker, compiled beforehand."""
+
+    name = "FlexAttention"
+    library = "torch"
+
+    def why_not(self) -> str:
+        return flex.why_not()
+
+    def prepare(self, inputs: Inputs) -> Candidate | None:
+        new = inputs.even
+        if new is None:
+            return None
+        keys, values = inputs.caches
+        query = inputs.view_queries().unflatten(0, (inputs.workers, new)).transpose(1, 2)
+        query = query.contiguous()
+        mask = None if new == 1 else flex.lower_right(new, inputs.cell.context)
+        function = flex.compiled()
+        flex.first_call(function, query, keys, values, mask)
+        return Candidate(
+            lambda: function(query, keys, values, block_mask=mask, enable_gqa=True),
+            _stored_bytes(keys, values),
+            lambda out: out.transpose(1, 2).flatten(0, 1),
+        )
+
+
+class RotateAndConcatenate(Peer):
+    """What the paper calls the slow path: all segments are stored once, and in every step each
+    worker's view is put together, its keys rotated to their places, as transformers rotates, and
+    given to scaled_dot_product_attention."""
+
+    name = "rotate, concat, SDPA"
+    library = "torch"
+
+    def prepare(self, inputs: Inputs) -> Candidate:
+        views, new = inputs.layout.views, inputs.layout.query_lengths
+        angles = torch.arange(inputs.cell.context)[:, None].double() * inputs.inv_freq.double()
+        cos, sin = (
+            torch.cat([x, x], -1)[:, None].to(inputs.query)  # [context, 1, D]
+            for x in (angles.cos(), angles.sin())
+        )
+        queries = [
+            inputs.view_query(w).transpose(0, 1)[None].contiguous() for w in range(inputs.workers)
+        ]
+        masks = {n: _causal(n, inputs) for n in set(new)}
+
+        def run() -> list[Tensor]:
+            outs = []
+            for w, view in enumerate(views):
+                keys = torch.cat([inputs.keys[segment] for segment in view])
+                values = torch.cat([inputs.values[segment] for segment in view])
+                first, second = keys.chunk(2, -1)
+                keys = keys * cos + torch.cat([-second, first], -1) * sin
+                key, value = (x.transpose(0, 1)[None] for x in (keys, values))
+                outs.append(
+                    scaled_dot_product_attention(
+                        queries[w], key, value, **masks[new[w]], enable_gqa=True
+                    )
+                )
+            return outs
+
+        return Candidate(
+            run,
+            _stored_bytes(*inputs.keys, *inputs.values),
+            lambda outs: torch.cat([out[0].transpose(0, 1) for out in outs]),
         )
 
 
@@ -210,9 +302,9 @@ class PagedViews:
         keys, values = inputs.query.new_zeros(shape), inputs.query.new_zeros(shape)
         for w, table in enumerate(tables):
             begin = shared if w else 0  # its own pages lie one behind the other
-            for pages, view in ((keys, inputs.view_keys(w)), (values, inputs.view_values(w))):
+            for pages, caches in zip((keys, values), inputs.caches, strict=True):
                 first = table[begin] * page
-                tokens = view[begin * page :]
+                tokens = caches[w, :, begin * page :].transpose(0, 1)
                 pages.flatten(0, 1)[first : first + len(tokens)] = tokens
         return PagedViews(keys, values, tables, shared, context - (len(tables[0]) - 1) * page)
 
@@ -233,7 +325,7 @@ def _starts(counts: Iterable[int], device: torch.device) -> Tensor:
 # ---- FlashInfer -------------------------------------------------------------------------------
 
 
-class FlashInfer:
+class FlashInfer(Peer):
     """FlashInfer's batched attention, one request a worker on a paged cache: the decode kernel with
     tensor cores for one token each, else the prefill kernel."""
 
@@ -268,7 +360,7 @@ class FlashInfer:
         )
 
 
-class FlashInferCascade:
+class FlashInferCascade(Peer):
     """FlashInfer's cascade: what all views share first, for all rows at once, then each worker's
     own pages, and the two merged."""
 
@@ -309,7 +401,7 @@ def _workspace(device: torch.device) -> Tensor:
 # ---- flash-attention --------------------------------------------------------------------------
 
 
-class FlashAttention:
+class FlashAttention(Peer):
     """flash_attn_with_kvcache on pages, one sequence a worker; flash_attn_varlen_func where workers
     bring different numbers of tokens."""
 
@@ -351,6 +443,7 @@ def _stored_bytes(*tensors: Tensor) -> int:
 
 
 OURS: tuple[Peer, ...] = (StepAttend(), FunctionalOp())
-PEERS: tuple[Peer, ...] = (
+GPU_PEERS: tuple[Peer, ...] = (
     SdpaPerWorker(), SdpaPacked(), FlashInfer(), FlashInferCascade(), FlashAttention(),
 )  # fmt: skip
+CPU_PEERS: tuple[Peer, ...] = (SdpaPerWorker(), SdpaPacked(), Flex(), RotateAndConcatenate())

@@ -23,6 +23,21 @@ class Column:
 WIDE = 108
 
 
+def short_count(tokens: int) -> str:
+    """As in 512 or 4k."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def number(key: str, scale: float = 1, form: str = ".1f") -> Callable[[Record], str]:
+    """The text of a column: a record's number, or nothing if it has none."""
+
+    def text(record: Record) -> str:
+        value = record.get(key)
+        return "" if value is None else format(value * scale, form)
+
+    return text
+
+
 @dataclass(frozen=True)
 class Table:
     """Records under a title."""
@@ -30,6 +45,7 @@ class Table:
     title: str
     columns: Sequence[Column]
     records: Sequence[Record]
+    kind: str = "cell"  # of the records, in JSON
 
 
 class Report(Protocol):
@@ -52,7 +68,7 @@ class JsonReport:
 
     def table(self, table: Table) -> None:
         for record in table.records:
-            self._write({"kind": "cell", **record})
+            self._write({"kind": table.kind, **record})
 
     def _write(self, content: Record) -> None:
         print(json.dumps(content), file=self._out, flush=True)
@@ -103,7 +119,7 @@ class TerminalReport:
         for column in shown:
             drawn.add_column(
                 column.title, justify="left" if column.is_text else "right",
-                no_wrap=not column.is_text,
+                no_wrap=not column.is_text, overflow="fold",
             )  # fmt: skip
         for record in table.records:
             drawn.add_row(*(Text(column.text(record)) for column in shown))

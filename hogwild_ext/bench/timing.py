@@ -15,22 +15,33 @@ Function = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of several calls."""
+    """Seconds of several calls, or what was computed from each of them."""
 
-    median: float
-    spread: float  # half the distance between the quartiles, as a part of the median
+    seconds: tuple[float, ...]
 
-    @staticmethod
-    def of(seconds: list[float]) -> Timing:
-        low, median, high = statistics.quantiles(seconds, n=4)
-        return Timing(median, (high - low) / 2 / median if median else 0.0)
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a part of the median; 0 for one call."""
+        if len(self.seconds) == 1 or not self.median:
+            return 0.0
+        low, median, high = statistics.quantiles(self.seconds, n=4)
+        return abs((high - low) / 2 / median)
+
+    def over(self, other: Timing) -> Timing:
+        """How many times as long as `other`, call by call of the same rounds."""
+        return Timing(tuple(a / b for a, b in zip(self.seconds, other.seconds, strict=True)))
 
 
 class Timer(Protocol):
     """Times functions on one device."""
 
     def __call__(self, functions: Mapping[str, Function], rounds: int) -> dict[str, Timing]:
-        """Calls the functions in turn, round after round, once before anything is timed."""
+        """Calls the functions in turn, `rounds` times or until the timer has had enough, and once
+        before anything is timed."""
 
     def captured(self, function: Function) -> Function | None:
         """The function as a graph to be replayed, if the device has such a thing."""
@@ -64,7 +75,7 @@ class CudaTimer:
                 torch.cuda.synchronize()
                 for name, (start, end) in events.items():
                     seconds[name].append(start.elapsed_time(end) / 1e3)
-        return {name: Timing.of(taken) for name, taken in seconds.items()}
+        return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
     def captured(self, function: Function) -> Function:
         with torch.cuda.device(self._device):
@@ -77,18 +88,34 @@ class CudaTimer:
 
 
 class ClockTimer:
-    """Time on the clock, for devices that the caller waits for. Caches are as they are."""
+    """Time on the clock, for devices that the caller waits for. Caches are as they are.
+
+    `budget`: seconds after which no further round begins, if there were at least LEAST_ROUNDS.
+    """
+
+    LEAST_ROUNDS = 5
+
+    def __init__(
+        self, budget: float | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._budget = budget
+        self._clock = clock
 
     def __call__(self, functions: Mapping[str, Function], rounds: int) -> dict[str, Timing]:
         for function in functions.values():
             function()
+        clock = self._clock
         seconds: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(rounds):
+        began = clock()
+        for done in range(rounds):
+            enough = self._budget is not None and clock() - began > self._budget
+            if enough and done >= self.LEAST_ROUNDS:
+                break
             for name, function in functions.items():
-                start = time.perf_counter()
+                start = clock()
                 function()
-                seconds[name].append(time.perf_counter() - start)
-        return {name: Timing.of(taken) for name, taken in seconds.items()}
+                seconds[name].append(clock() - start)
+        return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
     def captured(self, function: Function) -> None:
         return None
