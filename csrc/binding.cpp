@@ -127,6 +127,20 @@ void read_pages(int dtype, int kv_heads, int dim, Address pages, bool is_key,
              page_table.data(), start, length, reinterpret_cast<void*>(out)});
 }
 
+void linear(int dtype, int64_t rows, int32_t inputs, int32_t outputs, Address x, Address weight,
+            Address bias, Address out, int threads) {
+  const cpu::LinearArgs args{DType(dtype),
+                             rows,
+                             inputs,
+                             outputs,
+                             reinterpret_cast<const float*>(x),
+                             reinterpret_cast<const void*>(weight),
+                             reinterpret_cast<const void*>(bias),
+                             reinterpret_cast<void*>(out)};
+  const py::gil_scoped_release release;
+  cpu::linear(args, threads);
+}
+
 // Angles [n, 2, R/2] of integer positions.
 Floats fill_angles(const Ints& positions, const Floats& inv_freq) {
   Floats angles({py::ssize_t(positions.size()), py::ssize_t(2), py::ssize_t(inv_freq.size())});
@@ -197,6 +211,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy_pages", &copy_pages);
   m.def("read_pages", &read_pages);
   m.def("fill_angles", &fill_angles);
+  m.def("linear", &linear);
+  m.attr("LINEAR_PANEL") = cpu::LINEAR_PANEL;
   m.def("key_page_elements", [](int dtype, int kv_heads, int head_dim) {
     return cpu::key_page_elements(make_heads(dtype, kv_heads, 1, head_dim, head_dim));
   });

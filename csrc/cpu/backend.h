@@ -41,6 +41,7 @@ void commit(const CommitArgs& args, int threads);
 void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* source_pages,
                 const int32_t* target_pages, int64_t count, int threads);
 void read(const ReadArgs& args);
+void linear(const LinearArgs& args, int threads);
 
 // Elements of a page of all heads.
 int64_t key_page_elements(const Heads& heads);

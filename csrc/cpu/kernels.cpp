@@ -5,6 +5,7 @@
 
 #include "angles.h"
 #include "attend.h"
+#include "linear.h"
 #include "pages.h"
 
 namespace {
@@ -44,6 +45,14 @@ void read_any(const hogwild::cpu::ReadArgs& a) {
   }
 }
 
+void linear_any(const hogwild::cpu::LinearArgs& a, int32_t panel) {
+  switch (a.dtype) {
+    case DType::Float32: return linear<Float32>(a, panel);
+    case DType::Float16: return linear<Float16>(a, panel);
+    case DType::BFloat16: return linear<BFloat16>(a, panel);
+  }
+}
+
 }  // namespace
 
 namespace hogwild::cpu {
@@ -61,6 +70,7 @@ extern const Kernels HOGWILD_CONCAT(kernels_, HOGWILD_ISA) = {
     append_any,
     commit_any,
     read_any,
+    linear_any,
 };
 
 }  // namespace hogwild::cpu
