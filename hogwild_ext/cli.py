@@ -139,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     model.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU to use")
+    model.add_argument(
+        "--linear", choices=["packed"],
+        help="packed: faster linear layers on a CPU, for twice the memory of the weights",
+    )  # fmt: skip
 
     sampling = run.add_argument_group("sampling", "by default, as the model's makers recommend")
     sampling.add_argument("--seed", type=_natural, help="repeats a run")
@@ -473,6 +477,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
         max_tokens=options.max_tokens,
         seed=options.seed,
         generation_config=_sampling(options, model.generation_config),
+        linear=options.linear,
     )
 
 

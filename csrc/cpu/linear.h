@@ -1,5 +1,5 @@
-// Linear layers of few rows: out = x W^T + bias, W stored so that it is read once, in order, for all
-// rows together.
+// Linear layers of few rows: out = x W^T + bias, W stored so that it is read once, in order, for
+// all rows together.
 //
 //   weight  [panels][PANEL / 16][units][16]   16 outputs side by side; a unit is one float, or two
 //                                             half-precision inputs, as in a page of keys
