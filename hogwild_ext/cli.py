@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from .bench.report import Report
     from .engine import Hogwild, Result, Run
     from .live import View
 
@@ -210,6 +211,46 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="one JSON object a line for each row")
     output.add_argument("--markdown", action="store_true", help="tables in Markdown")
 
+    _add_bench_generate(kinds, common)
+
+
+def _add_bench_generate(kinds: Any, common: argparse.ArgumentParser) -> None:
+    generate = kinds.add_parser(
+        "generate",
+        parents=[common],
+        help="tokens a second of several workers on the CPU, beside transformers",
+        description="Times steps of several workers on the CPU, beside transformers with a batch "
+        "of streams that share nothing and with segments turned and concatenated in every step, "
+        "and beside what this machine's memory and arithmetic allow.",
+        epilog="The first four take several values, as in --workers 1 4 --context 512 8k.",
+    )
+    generate.set_defaults(command=_bench_generate)
+    generate.add_argument(
+        "--model", nargs="+", metavar="MODEL",
+        help="smollm2, qwen2.5 (its shape, random weights) or a model's folder (default: both)",
+    )  # fmt: skip
+    generate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), nargs="+")
+    generate.add_argument(
+        "--context", type=_tokens, nargs="+", metavar="N",
+        help="tokens that all workers share, as in 512 or 8k",
+    )  # fmt: skip
+    generate.add_argument("--workers", type=_positive, nargs="+", metavar="N")
+    generate.add_argument(
+        "--rounds", type=_positive, metavar="N", help="steps of each (default: 10)"
+    )
+    generate.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads of the CPU to use"
+    )
+    generate.add_argument(
+        "--quick", action="store_true", help="a small part of it, done in about a minute"
+    )
+    generate.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="draw the speed-up; needs matplotlib"
+    )
+    output = generate.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each row")
+    output.add_argument("--markdown", action="store_true", help="tables in Markdown")
+
 
 def _tokens(text: str) -> int:
     return _positive(text[:-1]) * 1024 if text.endswith("k") else _positive(text)
@@ -254,7 +295,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench_attention(options: argparse.Namespace) -> int:
-    from .bench import attention, grid, report
+    from .bench import attention, grid
 
     try:
         heads = [grid.heads_from(text) for text in options.heads or ()]
@@ -270,16 +311,55 @@ def _bench_attention(options: argparse.Namespace) -> int:
         options.context or default.contexts,
         options.workers or default.workers,
     )
-    bench = _attention_bench(options)
-    shown: report.Report
+    return attention.run(cells, _attention_bench(options), _report(options))
+
+
+def _report(options: argparse.Namespace) -> Report:
+    from .bench import report
+
     if options.json:
-        shown = report.JsonReport(sys.stdout)
-    elif options.markdown:
-        shown = report.MarkdownReport(sys.stdout)
-    else:
-        _require("rich")
-        shown = report.TerminalReport(sys.stdout)
-    return attention.run(cells, bench, shown)
+        return report.JsonReport(sys.stdout)
+    if options.markdown:
+        return report.MarkdownReport(sys.stdout)
+    _require("rich")
+    return report.TerminalReport(sys.stdout)
+
+
+def _bench_generate(options: argparse.Namespace) -> int:
+    _require("transformers", "safetensors")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            '--plot: not installed: matplotlib. Type: pip install "hogwild_ext[bench]"'
+        )
+    shown = _report(options)
+
+    import dataclasses
+
+    import torch
+    import transformers
+
+    from .bench import generate, speedup_plot
+
+    default = generate.QUICK if options.quick else generate.FULL
+    try:
+        models = [generate.model_from(text) for text in options.model or ()]
+    except ValueError as error:
+        raise CommandError(f"--model: {error}") from None
+    settings = dataclasses.replace(
+        default,
+        models=models or default.models,
+        dtypes=options.dtype or default.dtypes,
+        contexts=options.context or default.contexts,
+        workers=options.workers or default.workers,
+        rounds=options.rounds or default.rounds,
+    )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    code, records = generate.run(settings, shown)
+    if options.plot is not None:
+        _say(f"plot: {speedup_plot.draw(records, options.plot)}")
+    return code
 
 
 def _attention_bench(options: argparse.Namespace) -> Any:
