@@ -293,7 +293,6 @@ def test_the_command(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--model", "nowhere"], "--model: expected smollm2, qwen2.5 or a model's folder"),
         (["--rounds", "1"], "rounds: expected at least 2, got 1"),
-        (["--context", "8k"], "context: expected at most 4096 positions"),
     ],
 )
 def test_bad_options(

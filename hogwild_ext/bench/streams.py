@@ -125,7 +125,9 @@ class Workers:
         ]
 
     def logits(self) -> Tensor:
-        out = forward(self.model, self.cache, self.views, [[token] for token in self.tokens])
+        # The text means nothing, so it may go past the positions that the model was made for.
+        tokens = [[token] for token in self.tokens]
+        out = forward(self.model, self.cache, self.views, tokens, allow_beyond=True)
         assert isinstance(out, Tensor)
         return out
 
