@@ -19,7 +19,7 @@ using hogwild::cpu::LinearArgs;
 
 constexpr int OUTPUT_BLOCK = 16;                 // outputs that lie side by side
 constexpr int OUTPUT_VECTORS = OUTPUT_BLOCK / LANES;
-constexpr int PREFETCH_BYTES = 1024;             // ahead, in each block of outputs
+constexpr int PREFETCH_BYTES = 4096;             // ahead, in each block of outputs
 
 // Register blocks: rows x vectors of accumulators, sized for the register file.
 #if HOGWILD_LANES == 16

@@ -403,7 +403,7 @@ def targets(
     """What must hold end to end, measured: the speed-up of 4 workers, and that workers are never
     slower than as many streams that share nothing."""
     settings = Settings(
-        models, dtypes, (context,), (2, TARGET_WORKERS, 8), rounds, UNSHARED, parts=False
+        models, dtypes, (context,), (1, 2, TARGET_WORKERS, 8), rounds, UNSHARED, parts=False
     )
     settings.check()
     lines = []
