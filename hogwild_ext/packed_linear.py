@@ -22,6 +22,7 @@ _SIDE_BY_SIDE = 16  # outputs; see csrc/cpu/linear.h
 # dtype. Without them ours are as fast as torch's or faster with any number.
 _MOST_ROWS_MATRIX = 12
 _MOST_ROWS_DOT = 32
+_MOST_ROWS_BASELINE = 2  # vectors of 4 floats without fused multiply-add
 _NO_LIMIT = 2**31
 
 
@@ -71,6 +72,8 @@ def can_pack(weight: Tensor) -> bool:
 
 def most_rows(dtype: torch.dtype) -> int:
     """With how many rows, at most, packed weights are faster than torch on this CPU."""
+    if _C.isa() == "baseline":
+        return _MOST_ROWS_BASELINE
     if dtype is torch.float32:
         return _NO_LIMIT
     # Private names of torch. Where they are gone, long prompts may take longer than they must.

@@ -138,15 +138,17 @@ def test_many_rows_are_left_to_torch_where_it_is_faster(monkeypatch: pytest.Monk
 
 
 def test_limits_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def limits(*names: str) -> list[bool]:
+    def limits(*names: str, isa: str = "avx2") -> list[bool]:
         for name in ("amx_tile", "amx_fp16", "avx512_bf16"):
             monkeypatch.setattr(
                 torch.cpu, f"_is_{name}_supported", lambda able=name in names: able, raising=False
             )
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        monkeypatch.setattr(packed_linear._C, "isa", lambda: isa)
         return [packed_linear.most_rows(dtype) < 100 for dtype in dtypes]
 
     assert limits() == [False, False, False]
+    assert limits(isa="baseline") == [True, True, True]
     assert limits("avx512_bf16") == [False, True, False]
     assert limits("avx512_bf16", "amx_tile") == [False, True, False]
     assert limits("amx_tile", "amx_fp16") == [False, True, True]
