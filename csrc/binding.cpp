@@ -137,6 +137,20 @@ int64_t fma_pass(int dtype, int64_t iterations, int threads) {
   return cpu::fma_pass(DType(dtype), iterations, threads);
 }
 
+void linear(int dtype, int64_t rows, int32_t inputs, int32_t outputs, Address x, Address weight,
+            Address bias, Address out, int threads) {
+  const cpu::LinearArgs args{DType(dtype),
+                             rows,
+                             inputs,
+                             outputs,
+                             reinterpret_cast<const float*>(x),
+                             reinterpret_cast<const void*>(weight),
+                             reinterpret_cast<const void*>(bias),
+                             reinterpret_cast<void*>(out)};
+  const py::gil_scoped_release release;
+  cpu::linear(args, threads);
+}
+
 // Angles [n, 2, R/2] of integer positions.
 Floats fill_angles(const Ints& positions, const Floats& inv_freq) {
   Floats angles({py::ssize_t(positions.size()), py::ssize_t(2), py::ssize_t(inv_freq.size())});
@@ -210,6 +224,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_bandwidth_pass", &read_bandwidth_pass, py::arg("data"), py::arg("bytes"),
         py::arg("threads"));
   m.def("fma_pass", &fma_pass, py::arg("dtype"), py::arg("iterations"), py::arg("threads"));
+  m.def("linear", &linear);
+  m.attr("LINEAR_PANEL") = cpu::LINEAR_PANEL;
   m.def("key_page_elements", [](int dtype, int kv_heads, int head_dim) {
     return cpu::key_page_elements(make_heads(dtype, kv_heads, 1, head_dim, head_dim));
   });

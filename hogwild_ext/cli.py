@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from .bench.report import Report
     from .engine import Hogwild, Result, Run
     from .live import View
 
@@ -141,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     model.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU to use")
+    model.add_argument(
+        "--linear", choices=["packed"],
+        help="packed: faster linear layers on a CPU, for twice the memory of the weights",
+    )  # fmt: skip
 
     sampling = run.add_argument_group("sampling", "by default, as the model's makers recommend")
     sampling.add_argument("--seed", type=_natural, help="repeats a run")
@@ -222,6 +227,46 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="one JSON object a line for each row")
     output.add_argument("--markdown", action="store_true", help="tables in Markdown")
 
+    _add_bench_generate(kinds, common)
+
+
+def _add_bench_generate(kinds: Any, common: argparse.ArgumentParser) -> None:
+    generate = kinds.add_parser(
+        "generate",
+        parents=[common],
+        help="tokens a second of several workers on the CPU, beside transformers",
+        description="Times steps of several workers on the CPU, beside transformers with a batch "
+        "of streams that share nothing and with segments turned and concatenated in every step, "
+        "and beside what this machine's memory and arithmetic allow.",
+        epilog="The first four take several values, as in --workers 1 4 --context 512 8k.",
+    )
+    generate.set_defaults(command=_bench_generate)
+    generate.add_argument(
+        "--model", nargs="+", metavar="MODEL",
+        help="smollm2, qwen2.5 (its shape, random weights) or a model's folder (default: both)",
+    )  # fmt: skip
+    generate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), nargs="+")
+    generate.add_argument(
+        "--context", type=_tokens, nargs="+", metavar="N",
+        help="tokens that all workers share, as in 512 or 8k",
+    )  # fmt: skip
+    generate.add_argument("--workers", type=_positive, nargs="+", metavar="N")
+    generate.add_argument(
+        "--rounds", type=_positive, metavar="N", help="steps of each (default: 10)"
+    )
+    generate.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads of the CPU to use"
+    )
+    generate.add_argument(
+        "--quick", action="store_true", help="a small part of it, done in about a minute"
+    )
+    generate.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="draw the speed-up; needs matplotlib"
+    )
+    output = generate.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each row")
+    output.add_argument("--markdown", action="store_true", help="tables in Markdown")
+
 
 def _tokens(text: str) -> int:
     return _positive(text[:-1]) * 1024 if text.endswith("k") else _positive(text)
@@ -266,7 +311,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench_attention(options: argparse.Namespace) -> int:
-    from .bench import attention, plots, report
+    from .bench import attention, plots
 
     asked = "auto" if options.device == "cuda" else options.device
     device, reason = choose_device(asked)
@@ -274,14 +319,7 @@ def _bench_attention(options: argparse.Namespace) -> int:
     is_cpu = device == "cpu" and not is_model
     _check_bench_options(options, is_cpu)
     cells = _bench_cells(options, is_cpu)
-    shown: report.Report
-    if options.json:
-        shown = report.JsonReport(sys.stdout)
-    elif options.markdown:
-        shown = report.MarkdownReport(sys.stdout)
-    else:
-        _require("rich")
-        shown = report.TerminalReport(sys.stdout)
+    shown = _report(options)
     if is_cpu:
         import torch
 
@@ -305,6 +343,54 @@ def _bench_attention(options: argparse.Namespace) -> int:
     code = attention.run(cells, bench, plotted)
     for path in plots.draw(plotted.records, options.plot):
         _say(f"drew {path}")
+    return code
+
+
+def _report(options: argparse.Namespace) -> Report:
+    from .bench import report
+
+    if options.json:
+        return report.JsonReport(sys.stdout)
+    if options.markdown:
+        return report.MarkdownReport(sys.stdout)
+    _require("rich")
+    return report.TerminalReport(sys.stdout)
+
+
+def _bench_generate(options: argparse.Namespace) -> int:
+    _require("transformers", "safetensors")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            '--plot: not installed: matplotlib. Type: pip install "hogwild_ext[bench]"'
+        )
+    shown = _report(options)
+
+    import dataclasses
+
+    import torch
+    import transformers
+
+    from .bench import generate, speedup_plot
+
+    default = generate.QUICK if options.quick else generate.FULL
+    try:
+        models = [generate.model_from(text) for text in options.model or ()]
+    except ValueError as error:
+        raise CommandError(f"--model: {error}") from None
+    settings = dataclasses.replace(
+        default,
+        models=models or default.models,
+        dtypes=options.dtype or default.dtypes,
+        contexts=options.context or default.contexts,
+        workers=options.workers or default.workers,
+        rounds=options.rounds or default.rounds,
+    )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    code, records = generate.run(settings, shown)
+    if options.plot is not None:
+        _say(f"plot: {speedup_plot.draw(records, options.plot)}")
     return code
 
 
@@ -348,13 +434,13 @@ def _bench_cells(options: argparse.Namespace, is_cpu: bool) -> Any:
 
 
 def _check_targets(words: list[str], cells: Any, shown: Any) -> int:
-    from .bench import attention_targets, targets
+    from .bench import attention_targets, generate, targets
     from .bench.attention import ROUNDS
     from .bench.ceilings import Ceilings
     from .bench.timing import ClockTimer
 
     machine = attention_targets.Machine(ClockTimer(), Ceilings(), cells, rounds=ROUNDS)
-    everything = [*attention_targets.targets(machine)]  # those of other modules go here
+    everything = [*attention_targets.targets(machine), *generate.targets()]
     chosen = [t for t in everything if all(word.lower() in t.name.lower() for word in words)]
     if not chosen:
         names = "; ".join(t.name for t in everything)
@@ -534,6 +620,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
         max_tokens=options.max_tokens,
         seed=options.seed,
         generation_config=_sampling(options, model.generation_config),
+        linear=options.linear,
     )
 
 

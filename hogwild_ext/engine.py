@@ -27,7 +27,7 @@ import torch
 from . import checks
 from .cache import OutOfPages, Segment, SegmentCache
 from .layouts import Layout, Page, layout_from
-from .patching import forward
+from .patching import forward, patch
 from .prompts import Prompts, prompts_for
 
 try:
@@ -157,6 +157,7 @@ class Hogwild:
             unless None, is the final answer and ends the run. By default `boxed_answer`.
         paragraph_ends: called with a worker's paragraph so far; whether it is finished. By
             default `prompts.ends_paragraph`.
+        linear: "packed" for packed linear layers; the model stays patched so. See `patch`.
 
     Raises TypeError and ValueError for a bad argument, by its name.
     """
@@ -175,6 +176,7 @@ class Hogwild:
         prompts: Prompts | None = None,
         final_answer: Callable[[str], str | None] | None = None,
         paragraph_ends: Callable[[str], bool] | None = None,
+        linear: str | None = None,
     ) -> None:
         from .model_support import read_model
 
@@ -207,6 +209,8 @@ class Hogwild:
         self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
         self.final_answer = _callable("final_answer", final_answer, boxed_answer)
         self.paragraph_ends = _callable("paragraph_ends", paragraph_ends, prompts.ends_paragraph)
+        if linear is not None:
+            patch(model, linear=linear)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that goes on in the middle of the page."""

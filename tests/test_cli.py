@@ -23,7 +23,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import hogwild_ext
-from hogwild_ext import cli, default_model, engine, installation, live
+from hogwild_ext import cli, default_model, engine, installation, live, packed_linear
 from hogwild_ext.engine import Event
 from models import tiny_model
 from test_engine import VOCABULARY, byte_tokenizer
@@ -158,6 +158,17 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert result["stats"]["generated_tokens"] == 12
     assert result["stats"]["engine_seconds"] >= 0 and result["stats"]["tokens_per_second"] > 0
+
+
+def test_packed_linear_layers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    pack = packed_linear.PackedWeight.__init__
+    monkeypatch.setattr(
+        packed_linear.PackedWeight, "__init__", lambda *args: made.append(pack(*args))
+    )
+    assert run(folder, "What?") == 0 and not made
+    assert run(folder, "What?", "--linear", "packed") == 0 and made
+    assert run(folder, "What?", "--linear", "fast") == 2
 
 
 def test_a_seed_repeats_a_run(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

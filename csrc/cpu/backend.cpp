@@ -316,6 +316,13 @@ int64_t fma_pass(DType dtype, int64_t iterations, int threads) {
   return done;
 }
 
+void linear(const LinearArgs& args, int threads) {
+  const Kernels& k = kernels();
+  const int32_t panels = (args.outputs + LINEAR_PANEL - 1) / LINEAR_PANEL;
+  const int64_t work = args.rows * args.inputs * args.outputs;
+  parallel(work < 65536 ? 1 : threads, panels, [&](int, int panel) { k.linear(args, panel); });
+}
+
 int64_t key_page_elements(const Heads& heads) {
   return int64_t(heads.kv_heads) * TILE * heads.head_dim;
 }

@@ -41,6 +41,7 @@ void commit(const CommitArgs& args, int threads);
 void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* source_pages,
                 const int32_t* target_pages, int64_t count, int threads);
 void read(const ReadArgs& args);
+void linear(const LinearArgs& args, int threads);
 
 // Ceilings of the machine, to be timed. Reads all of `bytes`, a multiple of 4, and returns the sum
 // of the 32-bit words.

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "vec.h"
+#include "multiply.h"
 
 namespace {
 
@@ -60,6 +60,41 @@ struct MultiplyAdd {
     for (vfloat& sum : sums) forget(sum);
   }
 };
+
+#if defined(__AMX_BF16__)
+template <>
+struct MultiplyAdd<BFloat16> {
+  static constexpr int64_t PRODUCTS = 4 * AMX_ROWS * 16 * 2 * AMX_WORDS;
+
+  static void run(int64_t iterations) {
+    AmxTiles tiles;
+    tiles.configure(AMX_ROWS, AMX_ROWS, AMX_WORDS);  // all zero
+    for (int64_t i = 0; i < iterations; ++i) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+};
+#elif defined(__AVX512BF16__)
+template <>
+struct MultiplyAdd<BFloat16> {
+  static constexpr int CHAINS = 12;
+  static constexpr int64_t PRODUCTS = int64_t(CHAINS) * LANES * 2;
+
+  static void run(int64_t iterations) {
+    vfloat a = {}, sums[CHAINS] = {};
+    const vuint b = {};
+    for (int64_t i = 0; i < iterations; ++i)
+      for (int c = 0; c < CHAINS; ++c) {
+        forget(a);
+        sums[c] = multiply_pairs((vuint)a, b, sums[c]);
+      }
+    for (vfloat& sum : sums) forget(sum);
+  }
+};
+#endif
 
 // Returns how many multiply-adds it has done.
 template <class T>

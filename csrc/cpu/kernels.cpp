@@ -6,6 +6,7 @@
 #include "angles.h"
 #include "attend.h"
 #include "ceilings.h"
+#include "linear.h"
 #include "pages.h"
 
 namespace {
@@ -54,6 +55,14 @@ int64_t multiply_add_any(DType dtype, int64_t iterations) {
   return 0;
 }
 
+void linear_any(const hogwild::cpu::LinearArgs& a, int32_t panel) {
+  switch (a.dtype) {
+    case DType::Float32: return linear<Float32>(a, panel);
+    case DType::Float16: return linear<Float16>(a, panel);
+    case DType::BFloat16: return linear<BFloat16>(a, panel);
+  }
+}
+
 }  // namespace
 
 namespace hogwild::cpu {
@@ -71,6 +80,7 @@ extern const Kernels HOGWILD_CONCAT(kernels_, HOGWILD_ISA) = {
     append_any,
     commit_any,
     read_any,
+    linear_any,
     read_all,
     multiply_add_any,
 };

@@ -77,6 +77,19 @@ struct ReadArgs {
   void* out;                   // [length, Hkv, D or Dv] dense
 };
 
+constexpr int32_t LINEAR_PANEL = 64;  // outputs that a thread computes at a time
+
+// A linear layer: out [rows, outputs] = x [rows, inputs] W^T + bias, all dense.
+struct LinearArgs {
+  DType dtype;         // of weight, bias and out
+  int64_t rows;
+  int32_t inputs, outputs;
+  const float* x;
+  const void* weight;  // packed, outputs padded to whole panels; see linear.h
+  const void* bias;    // [outputs] or null
+  void* out;
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -87,6 +100,7 @@ struct Kernels {
   void (*append)(const AppendArgs& args, int32_t token_begin, int32_t token_end);
   void (*commit)(const CommitArgs& args, int32_t layer);
   void (*read)(const ReadArgs& args);
+  void (*linear)(const LinearArgs& args, int32_t panel);
 
   // What the machine can do at most, see ceilings.h.
   uint32_t (*read_all)(const void* data, int64_t bytes);

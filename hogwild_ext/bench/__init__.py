@@ -10,6 +10,8 @@
 | `ceilings` | what the CPU reaches at most, and the least time of a cell that follows |
 | `yardsticks` | what times are held against: a copy on a GPU, the ceilings on the CPU |
 | `attention` | `hogwild bench attention` |
+| `streams`, `slow_path` | workers and what transformers would do instead, a token each in a step |
+| `generate`, `step_time`, `speedup_plot` | `hogwild bench generate` |
 | `targets`, `attention_targets` | `--check`: lines that pass or fail; those of attention |
 | `report`, `plots` | tables for a terminal, Markdown, JSON; pictures |
 """

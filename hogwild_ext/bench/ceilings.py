@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C, checks
+from ..cpu_backend import CPU
 from .grid import Cell
-from .timing import Function, Timing
+from .timing import ClockTimer, Function, Timing
 
 READ, MULTIPLY_ADD = "read", "multiply-add"  # names of the passes
 BUFFER_BYTES = 1 << 30  # a server's last cache can have half of it
@@ -69,7 +70,8 @@ class Ceilings:
     def __init__(self, buffer_bytes: int = BUFFER_BYTES, pass_bytes: int = PASS_BYTES) -> None:
         self.threads = torch.get_num_threads()
         self._pass_bytes = min(pass_bytes, buffer_bytes)
-        self._buffer = torch.ones(buffer_bytes, dtype=torch.uint8)  # written: pages of its own
+        # As a cache's memory is; written, so that every page is one of its own.
+        self._buffer = CPU.reserve((buffer_bytes,), torch.uint8).fill_(1)
         self._next = 0
         self._fmas: dict[str, int] = {}  # of a pass, by dtype
 
@@ -116,3 +118,9 @@ class Ceilings:
         start = time.perf_counter()
         _C.fma_pass(code, iterations, 1)
         return time.perf_counter() - start
+
+
+def measure(dtype: str, rounds: int = 15) -> Rates:
+    """The rates at this moment."""
+    ceilings = Ceilings()
+    return ceilings.rates(dtype, ClockTimer()(ceilings.functions(dtype), rounds))
