@@ -109,16 +109,16 @@ def world(model: Any, tokenizer: Any) -> World:
         "Segment.keys": {"layer": 0},
         "Segment.values": {"layer": 0},
         "Step.attend": {"layer": 0, **rows, "out": step_out},
-        "patch": {"model": model},
+        "patch": {"model": model, "linear": None},
         "unpatch": {"model": model},
         "forward": {
             "model": model, "cache": cache, "views": [[prompt, own]], "tokens": [[1, 2]],
-            "logits": "last", "allow_beyond": False,
+            "logits": "last", "allow_beyond": False, "linear": None,
         },
         "Hogwild": {
             "model": model, "tokenizer": tokenizer, "workers": 2, "layout": "combined",
             "max_tokens": 256, "seed": 1, "generation_config": None, "logits_processors": [],
-            "prompts": None, "final_answer": None, "paragraph_ends": None,
+            "prompts": None, "final_answer": None, "paragraph_ends": None, "linear": None,
         },
         "Hogwild.run": {"problem": "w1 w2", "max_steps": 2},
         "Hogwild.stream": {"problem": "w1 w2", "max_steps": 2},
@@ -176,6 +176,7 @@ wide = torch.randn(2, 3, HEADS, 2 * D)[..., ::2]  # its last dimension is not de
 NUMBER = [("type", "a lot"), ("type", None), ("type", True), ("range", float("nan")),
           ("range", float("inf"))]  # fmt: skip
 FLAG = [("type", 1), ("type", None), ("type", "yes")]
+LINEAR = [("type", 3), ("type", True), ("range", "torch")]
 FREQUENCIES = [
     ("type", None), ("type", 0.5), ("type", "x"), ("rank", [[1.0]]), ("dtype", [1, 2]),
     ("dtype", ["a"]), ("device", torch.empty(4, device=meta)), ("range", [1.0] * (D // 2 + 1)),
@@ -365,7 +366,7 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
             ("memory", lambda w: w.arguments["Step.attend"]["query"]),
         ],
     },
-    "patch": {"model": [("type", None), ("type", torch.nn.Linear(2, 2))]},
+    "patch": {"model": [("type", None), ("type", torch.nn.Linear(2, 2))], "linear": LINEAR},
     "unpatch": {"model": [("type", None), ("type", torch.nn.Linear(2, 2))]},
     "forward": {
         "model": [("type", None), ("type", torch.nn.Linear(2, 2))],
@@ -384,6 +385,7 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
         ],
         "logits": [("type", None), ("type", 3), ("range", "first")],
         "allow_beyond": FLAG,
+        "linear": LINEAR,
     },
     "Hogwild": {
         "model": [("type", None), ("type", torch.nn.Linear(2, 2))],
@@ -402,6 +404,7 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "prompts": [("type", "You are"), ("type", 3)],
         "final_answer": [("type", "yes"), ("type", 3)],
         "paragraph_ends": [("type", "yes"), ("type", 3)],
+        "linear": LINEAR,
     },
     **{
         f"Hogwild.{method}": {

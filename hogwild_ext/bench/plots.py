@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .report import Record, Report, Table, short_count
 
 PANEL = 2.7, 2.3  # inches
 COLOURS = ("#1b6ca8", "#2a9d5c", "#d9822b", "#b5334a")  # of the numbers of workers
-DASHES = ("-", "--", ":", "-.")  # of the kinds of segments
+DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")  # of kinds of segments
 
 
 class PlottedReport:
