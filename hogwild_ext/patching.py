@@ -107,9 +107,8 @@ def patch(model: Model, *, linear: str | None = None) -> Model:
 
     Args:
         linear: "packed", for a model on a CPU: in steps, its linear layers (`nn.Linear`) read a
-            packed copy of their weights, once for all rows; logits differ by rounding. With 4
-            workers these layers take half of torch's time in float32, and a quarter in bfloat16
-            on a CPU without instructions for it. It doubles the memory of the weights,
+            packed copy of their weights, once for all rows; logits differ by rounding.
+            `hogwild bench generate` shows what it gains. It doubles the memory of the weights,
             since `generate`, `state_dict` and the like go on using the model's own; an output
             layer that shares its weight with the embedding gets a copy too. The copies are made in
             the first step, and again when a weight has changed; `unpatch` releases them.

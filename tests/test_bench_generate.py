@@ -22,12 +22,7 @@ from hogwild_ext.bench.streams import Context
 from models import tiny_model
 
 SMALL = 1e-4
-pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture

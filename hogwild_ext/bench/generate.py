@@ -27,7 +27,7 @@ from ..model_support import read_model
 from ..pages import PAGE_SIZE
 from . import ceilings, step_time
 from .ceilings import Rates, Work
-from .report import Column, Record, Report, Table
+from .report import Column, Record, Report, Table, number
 from .streams import PEERS, UNSHARED, Context, Streams, Workers, advance, twin
 from .targets import Line, Target
 from .timing import Timing
@@ -320,14 +320,6 @@ def _about(settings: Settings, limits: dict[str, Rates]) -> tuple[list[str], dic
     return lines, facts
 
 
-def _number(key: str, scale: float = 1, form: str = ".1f") -> Callable[[Record], str]:
-    def text(record: Record) -> str:
-        value = record.get(key)
-        return "" if value is None else format(value * scale, form)
-
-    return text
-
-
 def reached(record: Record) -> float | None:
     """Part of the ideal speed-up, of records that have one."""
     return record["speedup"] / record["ideal"] if "speedup" in record else None
@@ -339,19 +331,19 @@ def _reached_text(record: Record) -> str:
 
 
 _CELL_COLUMNS = (
-    Column("context", _number("context", form=",d")),
-    Column("W", _number("workers", form="d")),
+    Column("context", number("context", form=",d")),
+    Column("W", number("workers", form="d")),
 )
 COLUMNS = (
     *_CELL_COLUMNS,
     Column("what", lambda r: ": ".join(filter(None, (r["what"], r.get("error")))), is_text=True),
-    Column("ms", _number("seconds", 1e3)),
-    Column("±", _number("spread", form=".0%")),
-    Column("tokens/s", _number("tokens_per_second")),
-    Column("speed-up", _number("speedup", form=".2f")),
+    Column("ms", number("seconds", 1e3)),
+    Column("±", number("spread", form=".0%")),
+    Column("tokens/s", number("tokens_per_second")),
+    Column("speed-up", number("speedup", form=".2f")),
     Column("ideal", lambda r: format(r["ideal"], ".2f") if "speedup" in r else ""),
     Column("reached", _reached_text),
-    Column("times packed", _number("times_packed", form=".2f"), wide=True),
+    Column("times packed", number("times_packed", form=".2f"), wide=True),
 )
 
 
