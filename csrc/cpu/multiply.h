@@ -392,13 +392,13 @@ struct Multiplier {
   }
 
   // How often `ahead` takes a step in a product.
-  static int steps(int rows, int words, int columns) {
 #if defined(__AMX_BF16__)
+  static int steps(int rows, int words, int columns) {
     return AmxTiles::steps(rows, words, columns);
-#else
-    return 0 * (rows + words + columns);
-#endif
   }
+#else
+  static int steps(int, int, int) { return 0; }
+#endif
 };
 
 }  // namespace
