@@ -27,7 +27,6 @@ using hogwild::cpu::WorkRange;
 // Row strides of the scratch arrays, off powers of two so that rows do not share cache sets.
 constexpr int DIM_STRIDE = MAX_DIM + 16;
 constexpr int SCORE_STRIDE = TILE + 16;
-constexpr int KEY_BLOCK = 16;  // scores are made for a multiple of this
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr double LN_2 = 0.69314718055994530942;
 
@@ -50,7 +49,7 @@ struct Scratch {
   int64_t position[ROW_GROUP];  // of each row, relative to the segment's first token
   alignas(64) uint32_t keys[TILE * MAX_DIM];  // of plain tensors, as in a page
   alignas(64) uint32_t values[TILE * MAX_DIM];
-  alignas(64) uint32_t last_value[MAX_DIM];  // words of a token without a second one
+  alignas(64) uint32_t last_values[WORDS_AT_ONCE * MAX_DIM];  // of a tile that is not full
 };
 
 struct Run {
@@ -78,16 +77,20 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
     for (int v = 0; v < vectors; ++v)
       store(x + v * LANES, splat(cap) * tanh(load<vfloat>(x + v * LANES)));
   if (first > 0 || last < vectors * LANES)
-    for (int k = 0; k < vectors * LANES; ++k)
-      if (k < first || k >= last) x[k] = -__builtin_inff();
+    for (int v = 0; v < vectors; ++v) {
+      const vint key = counting(v * LANES);
+      const vfloat score = load<vfloat>(x + v * LANES);
+      store(x + v * LANES,
+            (key >= splat(first)) & (key < splat(last)) ? score : splat(-__builtin_inff()));
+    }
 
   vfloat top = load<vfloat>(x);
   for (int v = 1; v < vectors; ++v) top = max(top, load<vfloat>(x + v * LANES));
   float& reference = s.chunk.max[row];
   if (any_above(top, reference + RESCALE_AFTER)) {
     const float moved = max_lane(top);
-    const float factor = __builtin_exp2f(reference - moved);
     if (reference != -__builtin_inff()) {
+      const float factor = exp2(splat(reference - moved))[0];
       scale_row(s.chunk.out[row], padded_dim, factor);
       scale_row(s.lane_sums[row], LANES, factor);
     }
@@ -97,26 +100,27 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
   const vfloat base = splat(reference == -__builtin_inff() ? 0.f : reference);
   vfloat sum = load<vfloat>(s.lane_sums[row]);
   for (int v = 0; v < vectors; ++v) {
-    const vfloat weight = exp2(load<vfloat>(x + v * LANES) - base);
+    const vfloat weight = exp2<MULTIPLIES_PAIRS<T>>(load<vfloat>(x + v * LANES) - base);
     // What values are multiplied by is what is summed: where a row sees one key, or hardly any
     // other, rounding then cancels.
     sum = sum + store_factors<T>(x, v * LANES, weight);
   }
+  if (IN_TILES<T> && vectors % 2) store_factors<T>(x, vectors * LANES, vfloat{});
   store(s.lane_sums[row], sum);
 }
 
 // ---- tiles of plain tensors ---------------------------------------------------------------
 
-// 16 keys given as rows of words -> [words][TILE].
+// A block of keys given as rows of words -> [words][16].
 static void interleave_keys(const uint32_t* const* rows, int words, int64_t ahead, uint32_t* out) {
   for (int w = 0; w < words; w += 4) {
     if (w % 16 == 0)
-      for (int k = 0; k < KEY_BLOCK; ++k) prefetch(rows[k] + w, ahead);
-    for (int k = 0; k < KEY_BLOCK; k += LANES) {
+      for (int k = 0; k < COLUMN_BLOCK; ++k) prefetch(rows[k] + w, ahead);
+    for (int k = 0; k < COLUMN_BLOCK; k += LANES) {
       const uint32_t* const* from = rows + k;
       const FourVectors block = transpose_quads(load_quads(from, w), load_quads(from + 1, w),
                                                 load_quads(from + 2, w), load_quads(from + 3, w));
-      for (int i = 0; i < 4; ++i) store(out + (w + i) * TILE + k, block.unit[i]);
+      for (int i = 0; i < 4; ++i) store(out + (w + i) * COLUMN_BLOCK + k, block.unit[i]);
     }
   }
 }
@@ -151,7 +155,7 @@ struct Attention {
         heads(a.heads),
         s(scratch),
         key_words(a.heads.head_dim / PER_WORD<T>),
-        padded_dim((a.heads.value_dim + LANES - 1) / LANES * LANES),
+        padded_dim((a.heads.value_dim + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK),
         head(0) {}
 
   const E* key_page(TilePlace at) {
@@ -182,28 +186,29 @@ struct Attention {
 
   // Keys past the segment's end are whatever the page holds, or zero.
   Tile key_tile(TilePlace at, TilePlace next, int keys) {
+    const int key_block = key_words * COLUMN_BLOCK;
     if (args.keys_values.layout == hogwild::Layout::Pages) {
       const E* base = key_page(at);
-      return {(const uint32_t*)base, TILE, distance(base, key_page(next))};
+      return {(const uint32_t*)base, COLUMN_BLOCK, key_block, distance(base, key_page(next))};
     }
     static const uint32_t zeros[MAX_DIM] = {};
     const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
     const E* base = key_rows(at);
     const int64_t ahead = distance(base, key_rows(next));
-    for (int block = 0; block < keys; block += KEY_BLOCK) {
-      const uint32_t* from[KEY_BLOCK];
-      for (int k = 0; k < KEY_BLOCK; ++k)
+    for (int block = 0; block < keys; block += COLUMN_BLOCK) {
+      const uint32_t* from[COLUMN_BLOCK];
+      for (int k = 0; k < COLUMN_BLOCK; ++k)
         from[k] = block + k < keys ? (const uint32_t*)(base + (block + k) * rows.key_token_stride)
                                    : zeros;
-      interleave_keys(from, key_words, ahead, s.keys + block);
+      interleave_keys(from, key_words, ahead, s.keys + block * key_words);
     }
-    return {s.keys, TILE, 0};
+    return {s.keys, COLUMN_BLOCK, key_block, 0};
   }
 
   Tile value_tile(TilePlace at, TilePlace next, int keys) {
     if (args.keys_values.layout == hogwild::Layout::Pages) {
       const E* base = value_page(at);
-      return {(const uint32_t*)base, hogwild::cpu::padded_value_dim(heads.value_dim),
+      return {(const uint32_t*)base, hogwild::cpu::padded_value_dim(heads.value_dim), COLUMN_BLOCK,
               distance(base, value_page(next))};
     }
     const E* base = value_rows(at);
@@ -214,21 +219,23 @@ struct Attention {
         interleave_values(base + k * stride, base + (k + 1 < keys ? k + 1 : k) * stride,
                           heads.value_dim, ahead, s.values + k / 2 * padded_dim);
     } else {
-      if (padded_dim == heads.value_dim) return {(const uint32_t*)base, stride, ahead};
+      if (padded_dim == heads.value_dim)
+        return {(const uint32_t*)base, stride, COLUMN_BLOCK, ahead};
       // Vectors would read past the row's end.
       for (int k = 0; k < keys; ++k)
         __builtin_memcpy(s.values + k * padded_dim, base + k * stride, heads.value_dim * 4);
     }
-    return {s.values, padded_dim, 0};
+    return {s.values, padded_dim, COLUMN_BLOCK, 0};
   }
 
   // ---- rows ---------------------------------------------------------------------------------
 
   template <class Body>
   HOGWILD_INLINE void for_rows_of(const Part& part, Body body) {
+    int token = part.head_row / heads.group, in_group = part.head_row % heads.group;
     for (int row = part.first_row; row < part.last_row; ++row) {
-      const int from_start = part.head_row + row - part.first_row;
-      body(row, from_start / heads.group, head * heads.group + from_start % heads.group);
+      body(row, token, head * heads.group + in_group);
+      if (++in_group == heads.group) in_group = 0, ++token;
     }
   }
 
@@ -250,29 +257,29 @@ struct Attention {
   // of the scores goes in as well. Where factors are rounded, what that leaves is kept beside them:
   // a score is then as exact as a product with the query itself.
   void enter_segment(const RowGroup& group, int segment) {
-    const int D = heads.head_dim, half = plan.half_rotary;
+    const int D = heads.head_dim, words = key_words, half = plan.half_rotary;
     const float softcap = args.scoring.softcap;
     const float factor =
         softcap != 0.f ? args.scoring.scale / softcap : args.scoring.scale * LOG2_E;
-    float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
+    float combined[2][MAX_DIM / 2];
     for (int p = group.part_begin; p < group.part_end; ++p) {
       const Part& part = plan.parts[p];
       const int64_t at = int64_t(part.worker) * plan.num_segments + segment;
       if (plan.offsets[at] == hogwild::HIDDEN) continue;
       const float* base_cos = plan.offset_angles + at * 2 * half;
       const float* base_sin = base_cos + half;
-      int known = -1;  // the token whose angles stand in cos and sin
+      for (int j = 0; j < 2 * half; j += 16) prefetch(base_cos + j, 2 * half * sizeof(float));
+      const float *cos = base_cos, *sin = base_sin;
+      int known = 0;  // the token whose angles those are
       for_rows_of(part, [&](int row, int token, int) {
         if (token != known) {
           const float* token_cos = plan.token_angles + int64_t(token) * 2 * half;
           const float* token_sin = token_cos + half;
-          if (token == 0)
-            for (int j = 0; j < half; ++j) cos[j] = base_cos[j], sin[j] = base_sin[j];
-          else
-            for (int j = 0; j < half; ++j) {
-              cos[j] = base_cos[j] * token_cos[j] - base_sin[j] * token_sin[j];
-              sin[j] = base_sin[j] * token_cos[j] + base_cos[j] * token_sin[j];
-            }
+          for (int j = 0; j < half; ++j) {
+            combined[0][j] = base_cos[j] * token_cos[j] - base_sin[j] * token_sin[j];
+            combined[1][j] = base_sin[j] * token_cos[j] + base_cos[j] * token_sin[j];
+          }
+          cos = combined[0], sin = combined[1];
           known = token;
         }
         s.position[row] = int64_t(plan.offsets[at]) + token;
@@ -280,11 +287,11 @@ struct Attention {
         for (int d = 0; d < D; ++d) x[d] = s.query[row][d];
         rotate(x, cos, sin, half, args.rope.interleaved, args.rope.scale);
         for (int d = D; d % LANES; ++d) x[d] = 0.f;
+        uint32_t* rotated = s.rotated[row];
         for (int d = 0; d < D; d += LANES) {
           const vfloat exact = load<vfloat>(x + d) * splat(factor);
-          const vfloat kept = store_factors<T>(s.rotated[row], d, exact);
-          if constexpr (MULTIPLIES_PAIRS<T>)
-            store_factors<T>(s.rotated[row] + key_words, d, exact - kept);
+          const vfloat kept = store_factors<T>(rotated, d, exact);
+          if constexpr (MULTIPLIES_PAIRS<T>) store_factors<T>(rotated + words, d, exact - kept);
         }
       });
     }
@@ -307,6 +314,12 @@ struct Attention {
     return count;
   }
 
+  static int rows_of(const Run* runs, int count) {
+    int rows = 0;
+    for (int r = 0; r < count; ++r) rows += runs[r].last - runs[r].first;
+    return rows;
+  }
+
   // Asks for the pages of a tile in steps, while the runs of another one are computed.
   void look_ahead(const Run* runs, int count, TilePlace next) {
     if (args.keys_values.layout != hogwild::Layout::Pages) return;
@@ -316,27 +329,46 @@ struct Attention {
       steps += Multiplier::steps(rows, key_words, TILE) + rows +
                Multiplier::steps(rows, TILE / PER_WORD<T>, padded_dim);
     }
-    const int64_t value_dim = hogwild::cpu::padded_value_dim(heads.value_dim);
-    multiply.ahead.start(key_page(next), heads.head_dim * TILE * sizeof(E), value_page(next),
-                         value_dim * TILE * sizeof(E), steps);
+    const int left = plan.lengths[next.segment] - next.begin, keys = left < TILE ? left : TILE;
+    const int64_t row_bytes = hogwild::cpu::padded_value_dim(heads.value_dim) * 4;
+    multiply.ahead.start(
+        key_page(next), (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK * key_words * 4,
+        value_page(next), (keys + PER_WORD<T> - 1) / PER_WORD<T> * row_bytes, steps);
   }
 
-  // Adds weights times values to the chunk's result.
-  void weigh_values(Run run, Tile value, int keys) {
-    const int rows = run.last - run.first, words = keys / PER_WORD<T>;
+  // Adds weights times values to the chunk's result, or begins it with them.
+  void weigh_values(Run run, Tile value, int keys, bool add) {
+    constexpr int AT_ONCE = IN_TILES<T> ? WORDS_AT_ONCE : 1;
+    const int rows = run.last - run.first;
+    const int words = keys / (AT_ONCE * PER_WORD<T>)*AT_ONCE, rest = keys - words * PER_WORD<T>;
     const uint32_t* weights = (const uint32_t*)s.scores[run.first];
     float* out = s.chunk.out[run.first];
     if (words)
       multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(weights, 0, rows, value, words,
-                                                                padded_dim, out, true);
-    if (keys % PER_WORD<T>) {
-      // The word's second half is nobody's: its weight is zero, but it may not be a number.
-      for (int d = 0; d < padded_dim; ++d)
-        s.last_value[d] = value.words[words * value.stride + d] & 0xffff;
-      multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(weights + factor_words<T>(keys - 1),
-                                                                0, rows, {s.last_value, 0, 0}, 1,
-                                                                padded_dim, out, true);
+                                                                padded_dim, out, add);
+    if (rest) {
+      multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(
+          weights + factor_words<T>(words * PER_WORD<T>), 0, rows,
+          last_values(value, words, rest, AT_ONCE), AT_ONCE, padded_dim, out, add || words);
     }
+  }
+
+  // A tile's last `count` values, followed by zeros to make `words` of them: what the page holds
+  // there is nobody's, and a weight of zero would not hide it if it is not a number.
+  Tile last_values(Tile value, int first, int count, int words) {
+    const uint32_t* from = value.words + first * value.stride;
+    uint32_t* to = s.last_values;
+    int word = 0;
+    for (; word < count / PER_WORD<T>; ++word, from += value.stride, to += padded_dim)
+      for (int d = 0; d < padded_dim; d += LANES) store(to + d, load<vuint>(from + d));
+    if (count % PER_WORD<T>) {
+      for (int d = 0; d < padded_dim; d += LANES)
+        store(to + d, load<vuint>(from + d) & splat(0xffffu));
+      ++word, to += padded_dim;
+    }
+    for (; word < words; ++word, to += padded_dim)
+      for (int d = 0; d < padded_dim; d += LANES) store(to + d, vuint{});
+    return {s.last_values, padded_dim, COLUMN_BLOCK, 0};
   }
 
   // ---- a chunk's partial result -------------------------------------------------------------
@@ -346,18 +378,25 @@ struct Attention {
     const Chunk& chunk = plan.chunks[visit.chunk];
     const float cap = args.scoring.softcap * LOG2_E;
     Run runs[ROW_GROUP];
+    int rows = 0;
     for (int i = visit.span_begin; i < visit.span_end; ++i)
-      for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row) {
-        for (int d = 0; d < padded_dim; d += LANES) store(s.chunk.out[row] + d, vfloat{});
+      for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row, ++rows) {
         store(s.lane_sums[row], vfloat{});
         s.chunk.max[row] = -__builtin_inff();
       }
+    bool begun = false;  // whether there is something in chunk.out
 
     for (int begin = chunk.begin; begin < chunk.end; begin += TILE) {
       const int keys = chunk.end - begin < TILE ? chunk.end - begin : TILE;
-      const int key_blocks = (keys + KEY_BLOCK - 1) / KEY_BLOCK;
+      const int key_blocks = (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
       const int count = runs_of(visit, begin, begin + keys, runs);
       if (count == 0) continue;
+      if (!begun && rows_of(runs, count) < rows) {  // some rows see nothing of the tile
+        for (int i = visit.span_begin; i < visit.span_end; ++i)
+          for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row)
+            for (int d = 0; d < padded_dim; d += LANES) store(s.chunk.out[row] + d, vfloat{});
+        begun = true;
+      }
       const TilePlace here{chunk.segment, begin};
       const TilePlace after =
           begin + TILE < chunk.end ? TilePlace{chunk.segment, begin + TILE} : next;
@@ -366,18 +405,19 @@ struct Attention {
       for (int r = 0; r < count; ++r)
         multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
             s.rotated[runs[r].first], MULTIPLIES_PAIRS<T> ? key_words : 0,
-            runs[r].last - runs[r].first, key, key_words, key_blocks * KEY_BLOCK,
+            runs[r].last - runs[r].first, key, key_words, key_blocks * COLUMN_BLOCK,
             s.scores[runs[r].first], false);
       for (int r = 0; r < count; ++r)
         for (int row = runs[r].first; row < runs[r].last; ++row) {
           if constexpr (IN_TILES<T>) multiply.ahead.step();
           const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
           const int64_t first = place - plan.window + 1;
-          softmax_row<T>(s, row, key_blocks * (KEY_BLOCK / LANES), first > 0 ? int(first) : 0,
+          softmax_row<T>(s, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
                          place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
         }
       const Tile value = value_tile(here, after, keys);
-      for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys);
+      for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys, begun);
+      begun = true;
     }
 
     for (int i = visit.span_begin; i < visit.span_end; ++i)
@@ -398,8 +438,8 @@ struct Attention {
       return;
     }
     const float top = max > result.max[row] ? max : result.max[row];
-    const float ours = __builtin_exp2f(result.max[row] - top);
-    const float theirs = __builtin_exp2f(max - top);
+    const float ours = exp2(splat(result.max[row] - top))[0];
+    const float theirs = exp2(splat(max - top))[0];
     for (int d = 0; d < padded_dim; d += LANES) {
       const vfloat a = load<vfloat>(result.out[row] + d) * splat(ours);
       store(result.out[row] + d, fma(load<vfloat>(out + d), splat(theirs), a));

@@ -64,11 +64,11 @@ struct MultiplyAdd {
 #if defined(__AMX_BF16__)
 template <>
 struct MultiplyAdd<BFloat16> {
-  static constexpr int64_t PRODUCTS = 4 * AMX_ROWS * 16 * 2 * AMX_WORDS;
+  static constexpr int64_t PRODUCTS = 4 * AMX_ROWS * 16 * 2 * WORDS_AT_ONCE;
 
   static void run(int64_t iterations) {
     AmxTiles tiles;
-    tiles.configure(AMX_ROWS, AMX_ROWS, AMX_WORDS);  // all zero
+    tiles.configure(AMX_ROWS, AMX_ROWS, WORDS_AT_ONCE);  // all zero
     for (int64_t i = 0; i < iterations; ++i) {
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);

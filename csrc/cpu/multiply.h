@@ -4,8 +4,8 @@
 //
 // Scores are rotated queries times a tile of keys, outputs are weights times a tile of values.
 // Factors and c lie in scratch memory, the tile is what the cache stores: words of one element
-// (float32) or of two that follow each other (half types), see pages.h. Whatever the number of
-// rows, an element of c goes through the same operations in the same order.
+// (float32) or of two that follow each other (half types), 16 columns side by side, see pages.h.
+// Whatever the number of rows, an element of c goes through the same operations in the same order.
 
 #pragma once
 
@@ -13,9 +13,13 @@
 
 namespace {
 
+constexpr int COLUMN_BLOCK = 16;
+constexpr int BLOCK_VECTORS = COLUMN_BLOCK / LANES;
+
 struct Tile {
   const uint32_t* words;
   int64_t stride;  // in words, from one word of a column to its next
+  int64_t block;   // in words, from one block of columns to the next
   int64_t ahead;   // in bytes, from here to the same place in the tile that is read next
 };
 
@@ -24,7 +28,9 @@ HOGWILD_INLINE void prefetch(const void* p, int64_t ahead) {
   __builtin_prefetch((const char*)p + ahead, 0, 2);
 }
 
-// The tiles that come next, keys first, asked for a few lines at a time while something is
+constexpr int WORDS_AT_ONCE = 16;  // of a factor's row, in a product in tiles
+
+// The tile that comes next, keys first, asked for a few lines at a time while something is
 // computed: so memory is busy all the time, and not only where lines are easy to count.
 struct Ahead {
   const char* at = nullptr;
@@ -54,17 +60,17 @@ struct Ahead {
 
 // ---- in vector registers ------------------------------------------------------------------
 
-// A block is ROWS x VECTORS accumulators, sized for the register file. Few rows take more vectors:
-// an addition's latency needs about eight accumulators to hide behind.
+// ROWS x BLOCKS of columns are accumulated at a time, sized for the register file. Few rows take
+// more blocks: an addition's latency needs about eight accumulators to hide behind.
 #if HOGWILD_LANES == 16
-constexpr int MAX_ROWS = 12;                                         // of 32 registers
-constexpr int most_vectors(int rows) { return rows > 6 ? 2 : 4; }
+constexpr int MAX_ROWS = 12;                                   // of 32 registers
+constexpr int most_blocks(int rows) { return rows > 6 ? 2 : 4; }
 #elif HOGWILD_LANES == 8
-constexpr int MAX_ROWS = 6;                                          // of 16
-constexpr int most_vectors(int rows) { return rows > 4 ? 2 : rows > 2 ? 3 : 4; }
+constexpr int MAX_ROWS = 6;                                    // of 16
+constexpr int most_blocks(int rows) { return rows > 2 ? 1 : 2; }
 #else
-constexpr int MAX_ROWS = 2;                                          // of 16, or NEON's 32
-constexpr int most_vectors(int) { return 4; }
+constexpr int MAX_ROWS = 2;                                    // of 16, or NEON's 32
+constexpr int most_blocks(int) { return 1; }
 #endif
 
 // acc[r] += factor r * element, for the elements of all vectors.
@@ -79,23 +85,29 @@ HOGWILD_INLINE void add_products(vfloat (&acc)[ROWS][VECTORS], const uint32_t* f
   }
 }
 
-template <class T, int ROWS, int VECTORS, int FACTOR_STRIDE, int C_STRIDE>
-__attribute__((noinline)) static void multiply_block(const uint32_t* factors, const uint32_t* tile,
-                                                     int64_t tile_stride, int words, int64_t ahead,
+// Where vector v of a row of words begins.
+HOGWILD_INLINE const uint32_t* vector_of(const uint32_t* words, int64_t block, int v) {
+  return words + v / BLOCK_VECTORS * block + v % BLOCK_VECTORS * LANES;
+}
+
+template <class T, int ROWS, int BLOCKS, int FACTOR_STRIDE, int C_STRIDE>
+__attribute__((noinline)) static void multiply_block(const uint32_t* factors, Tile tile, int words,
                                                      float* c, bool add) {
+  constexpr int VECTORS = BLOCKS * BLOCK_VECTORS;
   vfloat acc[ROWS][VECTORS];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v)
       acc[r][v] = add ? load<vfloat>(c + r * C_STRIDE + v * LANES) : vfloat{};
+  const uint32_t* at = tile.words;
   do {
 #pragma GCC unroll 4
-    for (int word = 0; word < VECTORS * LANES; word += 16) prefetch(tile + word, ahead);
+    for (int b = 0; b < BLOCKS; ++b) prefetch(at + b * tile.block, tile.ahead);
     if constexpr (MULTIPLIES_PAIRS<T>) {
       vuint pairs[VECTORS];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) pairs[v] = load<vuint>(tile + v * LANES);
+      for (int v = 0; v < VECTORS; ++v) pairs[v] = load<vuint>(vector_of(at, tile.block, v));
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r) {
         const vuint factor = splat(factors[r * FACTOR_STRIDE]);
@@ -105,20 +117,22 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, co
     } else {
       vfloat element[VECTORS];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) element[v] = T::first(load<vuint>(tile + v * LANES));
+      for (int v = 0; v < VECTORS; ++v)
+        element[v] = T::first(load<vuint>(vector_of(at, tile.block, v)));
       add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
       if constexpr (PER_WORD<T> == 2) {
         ++factors;
         // Loaded again, from the innermost cache: kept, the pairs would take the registers of
         // accumulators.
-        asm("" : "+r"(tile));
+        asm("" : "+r"(at));
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) element[v] = T::second(load<vuint>(tile + v * LANES));
+        for (int v = 0; v < VECTORS; ++v)
+          element[v] = T::second(load<vuint>(vector_of(at, tile.block, v)));
         add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
       }
     }
     ++factors;
-    tile += tile_stride;
+    at += tile.stride;
   } while (--words);
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
@@ -126,44 +140,48 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, co
     for (int v = 0; v < VECTORS; ++v) store(c + r * C_STRIDE + v * LANES, acc[r][v]);
 }
 
-typedef void (*MultiplyBlock)(const uint32_t*, const uint32_t*, int64_t, int, int64_t, float*,
-                              bool);
+typedef void (*MultiplyBlock)(const uint32_t*, Tile, int, float*, bool);
 
-// Blocks by rows and vectors.
+// By rows and blocks of columns.
 template <class T, int FACTOR_STRIDE, int C_STRIDE>
 struct Blocks {
   struct Table {
     MultiplyBlock block[MAX_ROWS + 1][5] = {};
   };
-  template <int ROWS, int VECTORS>
+  template <int ROWS, int BLOCKS>
   static constexpr void fill(Table& t) {
-    t.block[ROWS][VECTORS] = multiply_block<T, ROWS, VECTORS, FACTOR_STRIDE, C_STRIDE>;
-    if constexpr (VECTORS > 1)
-      fill<ROWS, VECTORS - 1>(t);
+    t.block[ROWS][BLOCKS] = multiply_block<T, ROWS, BLOCKS, FACTOR_STRIDE, C_STRIDE>;
+    if constexpr (BLOCKS > 1)
+      fill<ROWS, BLOCKS - 1>(t);
     else if constexpr (ROWS > 1)
-      fill<ROWS - 1, most_vectors(ROWS - 1)>(t);
+      fill<ROWS - 1, most_blocks(ROWS - 1)>(t);
   }
   static constexpr Table make() {
     Table t;
-    fill<MAX_ROWS, most_vectors(MAX_ROWS)>(t);
+    fill<MAX_ROWS, most_blocks(MAX_ROWS)>(t);
     return t;
   }
   static constexpr Table table = make();
 };
 
-// In blocks of about equal size.
+// In pieces of about equal size. What is read of the tile serves all rows while it is close.
 template <class T, int FACTOR_STRIDE, int C_STRIDE>
 static void multiply_vectors(const uint32_t* factors, int rows, Tile tile, int words, int columns,
                              float* c, bool add) {
-  const int row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, vectors = columns / LANES;
-  for (int i = 0; i < row_blocks; ++i) {
-    const int row = i * rows / row_blocks, some_rows = (i + 1) * rows / row_blocks - row;
-    const int most = most_vectors(some_rows), blocks = (vectors + most - 1) / most;
-    for (int j = 0; j < blocks; ++j) {
-      const int v = j * vectors / blocks, some_vectors = (j + 1) * vectors / blocks - v;
-      Blocks<T, FACTOR_STRIDE, C_STRIDE>::table.block[some_rows][some_vectors](
-          factors + row * FACTOR_STRIDE, tile.words + v * LANES, tile.stride, words, tile.ahead,
-          c + row * C_STRIDE + v * LANES, add);
+  const int row_pieces = (rows + MAX_ROWS - 1) / MAX_ROWS, blocks = columns / COLUMN_BLOCK;
+  const int most = most_blocks((rows + row_pieces - 1) / row_pieces);
+  const int column_pieces = (blocks + most - 1) / most;
+  for (int j = 0; j < column_pieces; ++j) {
+    const int block = j * blocks / column_pieces;
+    const int some_blocks = (j + 1) * blocks / column_pieces - block;
+    Tile piece = tile;
+    piece.words += block * tile.block;
+    for (int i = 0; i < row_pieces; ++i) {
+      const int row = i * rows / row_pieces, some_rows = (i + 1) * rows / row_pieces - row;
+      Blocks<T, FACTOR_STRIDE, C_STRIDE>::table.block[some_rows][some_blocks](
+          factors + row * FACTOR_STRIDE, piece, words, c + row * C_STRIDE + block * COLUMN_BLOCK,
+          add);
+      piece.ahead = 0;  // asked for already
     }
   }
 }
@@ -173,7 +191,6 @@ static void multiply_vectors(const uint32_t* factors, int rows, Tile tile, int w
 #if defined(__AMX_BF16__)
 
 constexpr int AMX_ROWS = 16;
-constexpr int AMX_WORDS = 16;  // of a row
 
 // Up to 16 rows are one block by four of columns, so that memory is read in order. More are taken
 // by two blocks and two, so that what is loaded is used twice; the last block may be a shorter one.
@@ -211,9 +228,9 @@ class AmxTiles {
   void multiply(const uint32_t* factors, int remainders, int rows, Tile tile, int words,
                 int columns, float* c, bool add, Ahead& ahead) {
     asm volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
-    const int whole = words / AMX_WORDS * AMX_WORDS, rest = words - whole;
+    const int whole = words / WORDS_AT_ONCE * WORDS_AT_ONCE, rest = words - whole;
     if (whole)
-      some_words<FACTOR_STRIDE, C_STRIDE>(factors, remainders, rows, tile, AMX_WORDS, whole,
+      some_words<FACTOR_STRIDE, C_STRIDE>(factors, remainders, rows, tile, WORDS_AT_ONCE, whole,
                                           columns, c, add, ahead);
     if (rest) {
       tile.words += whole * tile.stride;
@@ -226,7 +243,7 @@ class AmxTiles {
   static int steps(int rows, int words, int columns) {
     const int blocks = (rows + AMX_ROWS - 1) / AMX_ROWS;
     const int groups = rows % AMX_ROWS == 0 ? (blocks + 1) / 2 : blocks > 1 ? blocks - 1 : 1;
-    return groups * ((words + AMX_WORDS - 1) / AMX_WORDS) * (columns / 16);
+    return groups * ((words + WORDS_AT_ONCE - 1) / WORDS_AT_ONCE) * (columns / 16);
   }
 
  private:
@@ -237,11 +254,11 @@ class AmxTiles {
     if (rows <= AMX_ROWS) {
       configure(rows, rows, step);
       for (int column = 0; column < columns; column += 64) {
-        const uint32_t* of = tile.words + column;
+        const uint32_t* of = tile.words + column / COLUMN_BLOCK * tile.block;
         float* to = c + column;
         const auto some = [&](auto right) {
-          block<false, right.value, FACTOR_STRIDE, C_STRIDE>(factors, remainders, of, tile.stride,
-                                                             step, words, to, add, ahead);
+          block<false, right.value, FACTOR_STRIDE, C_STRIDE>(factors, remainders, of, tile, step,
+                                                             words, to, add, ahead);
         };
         switch (columns - column < 64 ? (columns - column) / 16 : 4) {
           case 1: some(Number<1>{}); break;
@@ -258,11 +275,11 @@ class AmxTiles {
       const bool below = last == AMX_ROWS ? rows - row > AMX_ROWS : rows - row == AMX_ROWS + last;
       const uint32_t* from = factors + row * FACTOR_STRIDE;
       for (int column = 0; column < columns; column += 32) {
-        const uint32_t* of = tile.words + column;
+        const uint32_t* of = tile.words + column / COLUMN_BLOCK * tile.block;
         float* to = c + row * C_STRIDE + column;
         const auto some = [&](auto two, auto right) {
-          block<two.value, right.value, FACTOR_STRIDE, C_STRIDE>(from, remainders, of, tile.stride,
-                                                                 step, words, to, add, ahead);
+          block<two.value, right.value, FACTOR_STRIDE, C_STRIDE>(from, remainders, of, tile, step,
+                                                                 words, to, add, ahead);
         };
         const bool right = columns - column > 16;
         if (below)
@@ -281,12 +298,12 @@ class AmxTiles {
 
   template <bool BELOW, int RIGHT, int FACTOR_STRIDE, int C_STRIDE>
   __attribute__((noinline)) static void block(const uint32_t* factors, int remainders,
-                                              const uint32_t* tile, int64_t tile_stride, int step,
+                                              const uint32_t* at, const Tile& tile, int step,
                                               int words, float* c, bool add, Ahead& shared_ahead) {
     Ahead ahead = shared_ahead;  // in registers
     constexpr int64_t c_bytes = C_STRIDE * 4, factor_bytes = FACTOR_STRIDE * 4;
     constexpr int BELOW_C = AMX_ROWS * C_STRIDE;
-    const int64_t tile_bytes = tile_stride * 4;
+    const int64_t tile_bytes = tile.stride * 4, across = tile.block;
     if (add) {
       _tile_loadd(0, c, c_bytes);
       if constexpr (RIGHT > 1) _tile_loadd(1, c + 16, c_bytes);
@@ -301,11 +318,11 @@ class AmxTiles {
       _tile_zero(3);
     }
     for (int word = 0; word < words; word += step) {
-      const uint32_t* from = tile + word * tile_stride;
+      const uint32_t* from = at + word * tile.stride;
       const uint32_t* factor = factors + word;
       _tile_loadd(4, factor, factor_bytes);
       _tile_loadd(6, from, tile_bytes);
-      if constexpr (RIGHT > 1) _tile_loadd(7, from + 16, tile_bytes);
+      if constexpr (RIGHT > 1) _tile_loadd(7, from + across, tile_bytes);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (RIGHT > 1) _tile_dpbf16ps(1, 4, 7);
       if constexpr (BELOW) {
@@ -330,8 +347,8 @@ class AmxTiles {
         }
       }
       if constexpr (RIGHT > 2) {
-        _tile_loadd(6, from + 32, tile_bytes);
-        if constexpr (RIGHT > 3) _tile_loadd(7, from + 48, tile_bytes);
+        _tile_loadd(6, from + 2 * across, tile_bytes);
+        if constexpr (RIGHT > 3) _tile_loadd(7, from + 3 * across, tile_bytes);
         _tile_dpbf16ps(2, 4, 6);
         if constexpr (RIGHT > 3) _tile_dpbf16ps(3, 4, 7);
         if (remainders) {

@@ -4,15 +4,15 @@
 // float or two half-precision elements that are summed over: dimensions of a key, tokens of a
 // value.
 //
-//   keys    [Hkv][D / n][TILE]             word (d, token) holds dimensions n d, ... of a token
-//   values  [Hkv][TILE / n][padded Dv]     word (t, d) holds dimension d of tokens n t, ...
+//   keys    [Hkv][TILE / 16][D / n][16]    word (b, d, i): dimensions n d, ... of token 16 b + i
+//   values  [Hkv][TILE / n][padded Dv]     word (t, d): dimension d of tokens n t, ...
 //
 // with n = 1 for float32 and 2 for half types.
 
 #pragma once
 
 #include "kernels.h"
-#include "vec.h"
+#include "multiply.h"
 
 namespace {
 
@@ -21,9 +21,10 @@ using hogwild::TILE;
 
 // Element d of the key in `row` of a head's tile.
 template <class T>
-HOGWILD_INLINE int64_t key_index(int row, int d) {
+HOGWILD_INLINE int64_t key_index(int row, int d, int dim) {
   constexpr int N = PER_WORD<T>;
-  return (int64_t(d / N) * TILE + row) * N + d % N;
+  return row / COLUMN_BLOCK * int64_t(COLUMN_BLOCK) * dim +
+         (d / N * COLUMN_BLOCK + row % COLUMN_BLOCK) * N + d % N;
 }
 
 // Element d of the value in `row`, padded_dim being the padded Dv.
@@ -81,7 +82,7 @@ static void append(const hogwild::cpu::AppendArgs& a, int32_t begin, int32_t end
       for (int d = 0; d < D; ++d) x[d] = T::widen(key[d]);
       rotate(x, cos, cos + half, half, a.rope.interleaved, a.rope.scale);
       E* tile = (E*)a.key_pages + key_base(heads, page, h);
-      for (int d = 0; d < D; ++d) tile[key_index<T>(row, d)] = T::narrow(x[d]);
+      for (int d = 0; d < D; ++d) tile[key_index<T>(row, d, D)] = T::narrow(x[d]);
 
       const E* value =
           (const E*)a.values.data + t * a.values.token_stride + h * a.values.head_stride;
@@ -110,9 +111,9 @@ static void commit(const hogwild::cpu::CommitArgs& a, int32_t layer) {
     for (int h = 0; h < heads.kv_heads; ++h) {
       const E* from_tile = key_pages + key_base(heads, source, h);
       E* to_tile = key_pages + key_base(heads, target, h);
-      for (int d = 0; d < D; ++d) x[d] = T::widen(from_tile[key_index<T>(from_row, d)]);
+      for (int d = 0; d < D; ++d) x[d] = T::widen(from_tile[key_index<T>(from_row, d, D)]);
       rotate(x, cos, sin, half, a.interleaved, 1.f);
-      for (int d = 0; d < D; ++d) to_tile[key_index<T>(to_row, d)] = T::narrow(x[d]);
+      for (int d = 0; d < D; ++d) to_tile[key_index<T>(to_row, d, D)] = T::narrow(x[d]);
       from_tile = value_pages + value_base(heads, source, h);
       to_tile = value_pages + value_base(heads, target, h);
       for (int d = 0; d < heads.value_dim; ++d)
@@ -136,7 +137,7 @@ static void read(const hogwild::cpu::ReadArgs& a) {
       E* out = (E*)a.out + (int64_t(i) * heads.kv_heads + h) * dim;
       const E* tile = pages + (a.keys ? key_base(heads, page, h) : value_base(heads, page, h));
       for (int d = 0; d < dim; ++d)
-        out[d] = tile[a.keys ? key_index<T>(row, d)
+        out[d] = tile[a.keys ? key_index<T>(row, d, dim)
                              : value_index<T>(row, d, hogwild::cpu::padded_value_dim(dim))];
     }
   }

@@ -105,10 +105,27 @@ HOGWILD_INLINE bool any_above(vfloat a, float b) {
 #endif
 }
 
+// Of lanes that are not NaN, if there are any.
 HOGWILD_INLINE float max_lane(vfloat v) {
+#if defined(__AVX512F__)
+  __m512 a = (__m512)v;
+  a = _mm512_maskz_max_ps(ALL, a, _mm512_maskz_shuffle_f32x4(ALL, a, a, 0x4e));
+  a = _mm512_maskz_max_ps(ALL, a, _mm512_maskz_shuffle_f32x4(ALL, a, a, 0xb1));
+  a = _mm512_maskz_max_ps(ALL, a, _mm512_maskz_permute_ps(ALL, a, 0x4e));
+  a = _mm512_maskz_max_ps(ALL, a, _mm512_maskz_permute_ps(ALL, a, 0xb1));
+  return _mm512_cvtss_f32(a);
+#else
   float m = v[0];
-  for (int i = 1; i < LANES; ++i) m = v[i] > m || v[i] != v[i] ? v[i] : m;
+  for (int i = 1; i < LANES; ++i) m = v[i] > m || m != m ? v[i] : m;
   return m;
+#endif
+}
+
+// first, first + 1, ...
+HOGWILD_INLINE vint counting(int32_t first) {
+  vint v;
+  for (int i = 0; i < LANES; ++i) v[i] = i;
+  return v + splat(first);
 }
 
 // The same tree on every call, so the same bits.
@@ -120,8 +137,32 @@ HOGWILD_INLINE float sum_lanes(vfloat v) {
   return x[0];
 }
 
-// 2^x for x <= 128, relative error below 1e-7; 0 below -126; NaN stays NaN.
+// 2^x for x <= 128, relative error below 1e-7, or 4e-6 where it will be rounded to 8 bits anyway; 0
+// below -126; NaN stays NaN.
+template <bool ROUNDED = false>
 HOGWILD_INLINE vfloat exp2(vfloat x) {
+#if defined(__AVX512DQ__)
+  // 2^floor(x) * 2^f with f in [0, 1); the first factor is the instruction's own.
+  constexpr int FLOOR = 1;
+  const vfloat f = (vfloat)_mm512_maskz_reduce_ps(ALL, (__m512)x, FLOOR);
+  vfloat p;
+  if constexpr (ROUNDED) {
+    p = splat(0.01342668571f);
+    p = fma(p, f, splat(0.05224247277f));
+    p = fma(p, f, splat(0.241280213f));
+    p = fma(p, f, splat(0.6930448413f));
+  } else {
+    p = splat(0.0002161291632f);
+    p = fma(p, f, splat(0.001246784581f));
+    p = fma(p, f, splat(0.009675451554f));
+    p = fma(p, f, splat(0.05548528209f));
+    p = fma(p, f, splat(0.2402293086f));
+    p = fma(p, f, splat(0.6931470633f));
+  }
+  p = fma(p, f, splat(1.f));
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.f), _CMP_NLT_UQ);
+  return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
+#else
   const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const vfloat y = max(splat(-127.f), x);
   const vfloat t = y + magic;
@@ -135,6 +176,7 @@ HOGWILD_INLINE vfloat exp2(vfloat x) {
   p = fma(p, f, splat(1.f));
   const vfloat scaled = (vfloat)((vint)p + ((vint)t << 23));
   return x < splat(-126.f) ? vfloat{} : scaled;
+#endif
 }
 
 // tanh to about two units in the last place: an odd polynomial near zero, where the exponential
