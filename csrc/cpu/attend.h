@@ -57,6 +57,7 @@ struct Run {
 };
 
 struct TilePlace {
+  int head;
   int segment;
   int begin;  // first key
 };
@@ -112,10 +113,9 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
 // ---- tiles of plain tensors ---------------------------------------------------------------
 
 // A block of keys given as rows of words -> [words][16].
-static void interleave_keys(const uint32_t* const* rows, int words, int64_t ahead, uint32_t* out) {
+static void interleave_keys(const uint32_t* const* rows, int words, Ahead& ahead, uint32_t* out) {
   for (int w = 0; w < words; w += 4) {
-    if (w % 16 == 0)
-      for (int k = 0; k < COLUMN_BLOCK; ++k) prefetch(rows[k] + w, ahead);
+    ahead.step();
     for (int k = 0; k < COLUMN_BLOCK; k += LANES) {
       const uint32_t* const* from = rows + k;
       const FourVectors block = transpose_quads(load_quads(from, w), load_quads(from + 1, w),
@@ -127,13 +127,8 @@ static void interleave_keys(const uint32_t* const* rows, int words, int64_t ahea
 
 // Two tokens' values -> words of the two.
 HOGWILD_INLINE void interleave_values(const uint16_t* first, const uint16_t* second, int dim,
-                                      int64_t ahead, uint32_t* out) {
-  for (int d = 0; d < dim; d += 32) {
-    prefetch(first + d, ahead);
-    prefetch(second + d, ahead);
-    const int end = dim < d + 32 ? dim : d + 32;
-    for (int i = d; i < end; ++i) out[i] = first[i] | uint32_t(second[i]) << 16;
-  }
+                                      uint32_t* out) {
+  for (int d = 0; d < dim; ++d) out[d] = first[d] | uint32_t(second[d]) << 16;
 }
 
 template <class T>
@@ -160,72 +155,67 @@ struct Attention {
 
   const E* key_page(TilePlace at) {
     const int page = plan.tile_pages[plan.first_tile[at.segment] + at.begin / TILE];
-    return (const E*)args.keys_values.key_pages + key_base(heads, page, head);
+    return (const E*)args.keys_values.key_pages + key_base(heads, page, at.head);
   }
 
   const E* value_page(TilePlace at) {
     const int page = plan.tile_pages[plan.first_tile[at.segment] + at.begin / TILE];
-    return (const E*)args.keys_values.value_pages + value_base(heads, page, head);
+    return (const E*)args.keys_values.value_pages + value_base(heads, page, at.head);
   }
 
   const E* key_rows(TilePlace at) {
     const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
-    return (const E*)rows.keys + at.begin * rows.key_token_stride + head * rows.key_head_stride;
+    return (const E*)rows.keys + at.begin * rows.key_token_stride + at.head * rows.key_head_stride;
   }
 
   const E* value_rows(TilePlace at) {
     const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
     return (const E*)rows.values + at.begin * rows.value_token_stride +
-           head * rows.value_head_stride;
+           at.head * rows.value_head_stride;
   }
 
-  // Bytes from one place to another, in memory that may not be the same object's.
-  static int64_t distance(const void* from, const void* to) {
-    return (const char*)to - (const char*)from;
+  int keys_of(TilePlace at) {
+    const int left = plan.lengths[at.segment] - at.begin;
+    return left < TILE ? left : TILE;
   }
+
+  bool in_pages() { return args.keys_values.layout == hogwild::Layout::Pages; }
 
   // Keys past the segment's end are whatever the page holds, or zero.
-  Tile key_tile(TilePlace at, TilePlace next, int keys) {
-    const int key_block = key_words * COLUMN_BLOCK;
-    if (args.keys_values.layout == hogwild::Layout::Pages) {
-      const E* base = key_page(at);
-      return {(const uint32_t*)base, COLUMN_BLOCK, key_block, distance(base, key_page(next))};
-    }
+  Tile key_tile(TilePlace at, int keys) {
+    const int block_words = key_words * COLUMN_BLOCK;
+    if (in_pages()) return {(const uint32_t*)key_page(at), COLUMN_BLOCK, block_words};
     static const uint32_t zeros[MAX_DIM] = {};
-    const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
     const E* base = key_rows(at);
-    const int64_t ahead = distance(base, key_rows(next));
+    const int64_t stride = args.keys_values.rows[at.segment].key_token_stride;
     for (int block = 0; block < keys; block += COLUMN_BLOCK) {
       const uint32_t* from[COLUMN_BLOCK];
       for (int k = 0; k < COLUMN_BLOCK; ++k)
-        from[k] = block + k < keys ? (const uint32_t*)(base + (block + k) * rows.key_token_stride)
-                                   : zeros;
-      interleave_keys(from, key_words, ahead, s.keys + block * key_words);
+        from[k] = block + k < keys ? (const uint32_t*)(base + (block + k) * stride) : zeros;
+      interleave_keys(from, key_words, multiply.ahead, s.keys + block * key_words);
     }
-    return {s.keys, COLUMN_BLOCK, key_block, 0};
+    return {s.keys, COLUMN_BLOCK, block_words};
   }
 
-  Tile value_tile(TilePlace at, TilePlace next, int keys) {
-    if (args.keys_values.layout == hogwild::Layout::Pages) {
-      const E* base = value_page(at);
-      return {(const uint32_t*)base, hogwild::cpu::padded_value_dim(heads.value_dim), COLUMN_BLOCK,
-              distance(base, value_page(next))};
-    }
+  Tile value_tile(TilePlace at, int keys) {
+    if (in_pages())
+      return {(const uint32_t*)value_page(at), hogwild::cpu::padded_value_dim(heads.value_dim),
+              COLUMN_BLOCK};
     const E* base = value_rows(at);
-    const int64_t ahead = distance(base, value_rows(next));
     const int64_t stride = args.keys_values.rows[at.segment].value_token_stride;
     if constexpr (PER_WORD<T> == 2) {
-      for (int k = 0; k < keys; k += 2)
+      for (int k = 0; k < keys; k += 2) {
+        multiply.ahead.step();
         interleave_values(base + k * stride, base + (k + 1 < keys ? k + 1 : k) * stride,
-                          heads.value_dim, ahead, s.values + k / 2 * padded_dim);
+                          heads.value_dim, s.values + k / 2 * padded_dim);
+      }
     } else {
-      if (padded_dim == heads.value_dim)
-        return {(const uint32_t*)base, stride, COLUMN_BLOCK, ahead};
+      if (padded_dim == heads.value_dim) return {(const uint32_t*)base, stride, COLUMN_BLOCK};
       // Vectors would read past the row's end.
       for (int k = 0; k < keys; ++k)
         __builtin_memcpy(s.values + k * padded_dim, base + k * stride, heads.value_dim * 4);
     }
-    return {s.values, padded_dim, COLUMN_BLOCK, 0};
+    return {s.values, padded_dim, COLUMN_BLOCK};
   }
 
   // ---- rows ---------------------------------------------------------------------------------
@@ -268,7 +258,7 @@ struct Attention {
       if (plan.offsets[at] == hogwild::HIDDEN) continue;
       const float* base_cos = plan.offset_angles + at * 2 * half;
       const float* base_sin = base_cos + half;
-      for (int j = 0; j < 2 * half; j += 16) prefetch(base_cos + j, 2 * half * sizeof(float));
+      for (int j = 0; j < 2 * half; j += 16) __builtin_prefetch(base_cos + 2 * half + j);
       const float *cos = base_cos, *sin = base_sin;
       int known = 0;  // the token whose angles those are
       for_rows_of(part, [&](int row, int token, int) {
@@ -320,20 +310,43 @@ struct Attention {
     return rows;
   }
 
-  // Asks for the pages of a tile in steps, while the runs of another one are computed.
-  void look_ahead(const Run* runs, int count, TilePlace next) {
-    if (args.keys_values.layout != hogwild::Layout::Pages) return;
+  // A tile in memory: pages are dense, rows of plain tensors lie apart.
+  Lines key_lines(TilePlace at) {
+    const int keys = keys_of(at), row_bytes = key_words * 4;
+    if (in_pages())
+      return {key_page(at), 1,
+              (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK * row_bytes / 64, 0};
+    return {key_rows(at), keys, (row_bytes + 63) / 64,
+            args.keys_values.rows[at.segment].key_token_stride * int64_t(sizeof(E))};
+  }
+
+  Lines value_lines(TilePlace at) {
+    const int keys = keys_of(at), row_bytes = heads.value_dim * int(sizeof(E));
+    if (in_pages()) {
+      const int words = (keys + PER_WORD<T> - 1) / PER_WORD<T>;
+      return {value_page(at), 1,
+              words * int(hogwild::cpu::padded_value_dim(heads.value_dim)) / COLUMN_BLOCK, 0};
+    }
+    return {value_rows(at), keys, (row_bytes + 63) / 64,
+            args.keys_values.rows[at.segment].value_token_stride * int64_t(sizeof(E))};
+  }
+
+  // Asks for `next` in steps, while the runs of a tile of `keys` are computed.
+  void look_ahead(const Run* runs, int count, int keys, TilePlace next) {
+    const int blocks = (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
     int steps = 0;
+    if (!in_pages()) {
+      steps += blocks * key_words / 4;
+      if (PER_WORD<T> == 2) steps += keys / 2;
+    }
     for (int r = 0; r < count; ++r) {
       const int rows = runs[r].last - runs[r].first;
-      steps += Multiplier::steps(rows, key_words, TILE) + rows +
-               Multiplier::steps(rows, TILE / PER_WORD<T>, padded_dim);
+      steps += rows;
+      steps += Multiplier::steps<T>(MULTIPLIES_PAIRS<T>, rows, key_words, blocks * COLUMN_BLOCK);
+      steps +=
+          Multiplier::steps<T>(false, rows, (keys + PER_WORD<T> - 1) / PER_WORD<T>, padded_dim);
     }
-    const int left = plan.lengths[next.segment] - next.begin, keys = left < TILE ? left : TILE;
-    const int64_t row_bytes = hogwild::cpu::padded_value_dim(heads.value_dim) * 4;
-    multiply.ahead.start(
-        key_page(next), (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK * key_words * 4,
-        value_page(next), (keys + PER_WORD<T> - 1) / PER_WORD<T> * row_bytes, steps);
+    multiply.ahead.start(key_lines(next), value_lines(next), steps);
   }
 
   // Adds weights times values to the chunk's result, or begins it with them.
@@ -368,7 +381,7 @@ struct Attention {
     }
     for (; word < words; ++word, to += padded_dim)
       for (int d = 0; d < padded_dim; d += LANES) store(to + d, vuint{});
-    return {s.last_values, padded_dim, COLUMN_BLOCK, 0};
+    return {s.last_values, padded_dim, COLUMN_BLOCK};
   }
 
   // ---- a chunk's partial result -------------------------------------------------------------
@@ -397,11 +410,10 @@ struct Attention {
             for (int d = 0; d < padded_dim; d += LANES) store(s.chunk.out[row] + d, vfloat{});
         begun = true;
       }
-      const TilePlace here{chunk.segment, begin};
-      const TilePlace after =
-          begin + TILE < chunk.end ? TilePlace{chunk.segment, begin + TILE} : next;
-      const Tile key = key_tile(here, after, keys);
-      if constexpr (IN_TILES<T>) look_ahead(runs, count, after);
+      const TilePlace here{head, chunk.segment, begin};
+      look_ahead(runs, count, keys,
+                 begin + TILE < chunk.end ? TilePlace{head, chunk.segment, begin + TILE} : next);
+      const Tile key = key_tile(here, keys);
       for (int r = 0; r < count; ++r)
         multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
             s.rotated[runs[r].first], MULTIPLIES_PAIRS<T> ? key_words : 0,
@@ -409,13 +421,13 @@ struct Attention {
             s.scores[runs[r].first], false);
       for (int r = 0; r < count; ++r)
         for (int row = runs[r].first; row < runs[r].last; ++row) {
-          if constexpr (IN_TILES<T>) multiply.ahead.step();
+          multiply.ahead.step();
           const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
           const int64_t first = place - plan.window + 1;
           softmax_row<T>(s, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
                          place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
         }
-      const Tile value = value_tile(here, after, keys);
+      const Tile value = value_tile(here, keys);
       for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys, begun);
       begun = true;
     }
@@ -519,6 +531,23 @@ struct Attention {
 
   // ---- a range of work ----------------------------------------------------------------------
 
+  // The tile that is read first when a visit of a pair is done, or, after the last one, again.
+  TilePlace tile_after(int pair, int visit) {
+    const RowGroup* group = &plan.groups[pair % plan.num_groups];
+    int index = group->visit_begin + visit;
+    if (index + 1 < group->visit_end) {
+      ++index;
+    } else if (pair + 1 < plan.num_groups * heads.kv_heads) {
+      group = &plan.groups[(pair + 1) % plan.num_groups];
+      if (group->visit_begin < group->visit_end) {
+        ++pair;
+        index = group->visit_begin;
+      }
+    }
+    const Chunk& chunk = plan.chunks[plan.visits[index].chunk];
+    return {pair / plan.num_groups, chunk.segment, chunk.begin};
+  }
+
   void run(const WorkRange& range) {
     for (int pair = range.begin.pair; pair <= range.end.pair; ++pair) {
       const int index = pair % plan.num_groups;
@@ -538,8 +567,7 @@ struct Attention {
         const Visit& visit = plan.visits[group.visit_begin + v];
         const int segment = plan.chunks[visit.chunk].segment;
         if (segment != entered) enter_segment(group, entered = segment);
-        const Chunk& next = plan.chunks[plan.visits[group.visit_begin + (v + 1) % visits].chunk];
-        attend_chunk(visit, {next.segment, next.begin});
+        attend_chunk(visit, tile_after(pair, v));
         if (first == 0) {
           fold_chunk(visit);
         } else {

@@ -20,42 +20,84 @@ struct Tile {
   const uint32_t* words;
   int64_t stride;  // in words, from one word of a column to its next
   int64_t block;   // in words, from one block of columns to the next
-  int64_t ahead;   // in bytes, from here to the same place in the tile that is read next
 };
-
-// Asks for what the next tile will read, one line for each that this one reads.
-HOGWILD_INLINE void prefetch(const void* p, int64_t ahead) {
-  __builtin_prefetch((const char*)p + ahead, 0, 2);
-}
 
 constexpr int WORDS_AT_ONCE = 16;  // of a factor's row, in a product in tiles
 
-// The tile that comes next, keys first, asked for a few lines at a time while something is
-// computed: so memory is busy all the time, and not only where lines are easy to count.
-struct Ahead {
-  const char* at = nullptr;
-  const char* end = nullptr;
-  const char* values = nullptr;
-  int64_t value_bytes = 0;
-  int share = 0;  // lines of a step; 0: nothing to ask for
+// Memory to be asked for, `rows` pieces of `row_lines` lines.
+struct Lines {
+  const void* first;
+  int rows, row_lines;
+  int64_t stride;  // in bytes, from one row to the next
+};
 
-  void start(const void* first_key, int64_t key_bytes, const void* first_value, int64_t bytes,
-             int steps) {
-    at = (const char*)first_key;
-    end = at + key_bytes;
-    values = (const char*)first_value;
-    value_bytes = bytes;
-    share = int((key_bytes + value_bytes) / 64 + steps - 1) / steps;
+// The tile that comes next, asked for a few lines at a time while something is computed. Keys and
+// values take turns: processors run ahead of two streams of lines better than of one that is asked
+// for in bursts.
+class Ahead {
+ public:
+  // Everything will have been asked for in so many steps.
+  void start(Lines keys, Lines values, int steps) {
+    streams_[0] = stream(keys);
+    streams_[1] = stream(values);
+    const int most = streams_[0].left > streams_[1].left ? streams_[0].left : streams_[1].left;
+    rate_ = (most * ONE + steps - 1) / steps;
+    credit_ = 0;
+    length_ = 0;
+    next_run();
   }
 
   HOGWILD_INLINE void step() {
-    for (int i = 0; i < share; ++i, at += 64) __builtin_prefetch(at, 0, 2);
-    if (at < end) return;
-    if (value_bytes == 0) share = 0;
-    at = values;
-    end = values + value_bytes;
-    value_bytes = 0;
+    credit_ += rate_;
+    while (credit_ >= ONE) {
+      const int due = credit_ / ONE, lines = due < run_ ? due : run_;
+      for (int i = 0; i < lines; ++i) {
+        __builtin_prefetch(streams_[0].at + i * LINE, 0, 2);
+        __builtin_prefetch(streams_[1].at + i * LINE, 0, 2);
+      }
+      for (Stream& s : streams_) s.at += lines * LINE;
+      credit_ -= lines * ONE;
+      if ((run_ -= lines) == 0) next_run();
+    }
   }
+
+ private:
+  static constexpr int LINE = 64, ONE = 256;  // bytes; units of credit for a line
+
+  struct Stream {
+    const char* at;
+    int64_t skip;  // from the end of a row to the next
+    int row_lines;
+    int in_row, left;  // lines
+  };
+
+  static Stream stream(Lines lines) {
+    return {(const char*)lines.first, lines.stride - LINE * lines.row_lines, lines.row_lines,
+            lines.row_lines, lines.rows * lines.row_lines};
+  }
+
+  // A run is over: of a row, or of all of a stream, which then follows the other one.
+  __attribute__((noinline)) void next_run() {
+    run_ = 0;
+    for (Stream& s : streams_) {
+      if (s.left == 0) continue;
+      s.left -= length_;
+      s.in_row -= length_;
+      if (s.in_row == 0) {
+        s.in_row = s.row_lines;
+        s.at += s.skip;
+      }
+      if (s.left && (run_ == 0 || s.in_row < run_)) run_ = s.in_row;
+    }
+    for (int i = 0; i < 2; ++i)
+      if (streams_[i].left == 0) streams_[i].at = streams_[1 - i].at;
+    if (run_ == 0) rate_ = credit_ = 0;
+    length_ = run_;
+  }
+
+  Stream streams_[2] = {};
+  int run_ = 0, length_ = 0;  // lines that are left of a run, and all of it
+  int rate_ = 0, credit_ = 0;
 };
 
 // ---- in vector registers ------------------------------------------------------------------
@@ -92,7 +134,7 @@ HOGWILD_INLINE const uint32_t* vector_of(const uint32_t* words, int64_t block, i
 
 template <class T, int ROWS, int BLOCKS, int FACTOR_STRIDE, int C_STRIDE>
 __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Tile tile, int words,
-                                                     float* c, bool add) {
+                                                     float* c, bool add, Ahead& ahead) {
   constexpr int VECTORS = BLOCKS * BLOCK_VECTORS;
   vfloat acc[ROWS][VECTORS];
 #pragma GCC unroll 12
@@ -102,8 +144,7 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Ti
       acc[r][v] = add ? load<vfloat>(c + r * C_STRIDE + v * LANES) : vfloat{};
   const uint32_t* at = tile.words;
   do {
-#pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) prefetch(at + b * tile.block, tile.ahead);
+    ahead.step();
     if constexpr (MULTIPLIES_PAIRS<T>) {
       vuint pairs[VECTORS];
 #pragma GCC unroll 4
@@ -140,7 +181,7 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Ti
     for (int v = 0; v < VECTORS; ++v) store(c + r * C_STRIDE + v * LANES, acc[r][v]);
 }
 
-typedef void (*MultiplyBlock)(const uint32_t*, Tile, int, float*, bool);
+typedef void (*MultiplyBlock)(const uint32_t*, Tile, int, float*, bool, Ahead&);
 
 // By rows and blocks of columns.
 template <class T, int FACTOR_STRIDE, int C_STRIDE>
@@ -164,24 +205,33 @@ struct Blocks {
   static constexpr Table table = make();
 };
 
-// In pieces of about equal size. What is read of the tile serves all rows while it is close.
+// Rows and blocks of columns in pieces of about equal size. What is read of the tile serves all
+// rows while it is close.
+struct Pieces {
+  int rows, columns;
+
+  Pieces(int some_rows, int blocks) {
+    rows = (some_rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int most = most_blocks((some_rows + rows - 1) / rows);
+    columns = (blocks + most - 1) / most;
+  }
+};
+
 template <class T, int FACTOR_STRIDE, int C_STRIDE>
 static void multiply_vectors(const uint32_t* factors, int rows, Tile tile, int words, int columns,
-                             float* c, bool add) {
-  const int row_pieces = (rows + MAX_ROWS - 1) / MAX_ROWS, blocks = columns / COLUMN_BLOCK;
-  const int most = most_blocks((rows + row_pieces - 1) / row_pieces);
-  const int column_pieces = (blocks + most - 1) / most;
-  for (int j = 0; j < column_pieces; ++j) {
-    const int block = j * blocks / column_pieces;
-    const int some_blocks = (j + 1) * blocks / column_pieces - block;
+                             float* c, bool add, Ahead& ahead) {
+  const int blocks = columns / COLUMN_BLOCK;
+  const Pieces pieces(rows, blocks);
+  for (int j = 0; j < pieces.columns; ++j) {
+    const int block = j * blocks / pieces.columns;
+    const int some_blocks = (j + 1) * blocks / pieces.columns - block;
     Tile piece = tile;
     piece.words += block * tile.block;
-    for (int i = 0; i < row_pieces; ++i) {
-      const int row = i * rows / row_pieces, some_rows = (i + 1) * rows / row_pieces - row;
+    for (int i = 0; i < pieces.rows; ++i) {
+      const int row = i * rows / pieces.rows, some_rows = (i + 1) * rows / pieces.rows - row;
       Blocks<T, FACTOR_STRIDE, C_STRIDE>::table.block[some_rows][some_blocks](
           factors + row * FACTOR_STRIDE, piece, words, c + row * C_STRIDE + block * COLUMN_BLOCK,
-          add);
-      piece.ahead = 0;  // asked for already
+          add, ahead);
     }
   }
 }
@@ -299,8 +349,7 @@ class AmxTiles {
   template <bool BELOW, int RIGHT, int FACTOR_STRIDE, int C_STRIDE>
   __attribute__((noinline)) static void block(const uint32_t* factors, int remainders,
                                               const uint32_t* at, const Tile& tile, int step,
-                                              int words, float* c, bool add, Ahead& shared_ahead) {
-    Ahead ahead = shared_ahead;  // in registers
+                                              int words, float* c, bool add, Ahead& ahead) {
     constexpr int64_t c_bytes = C_STRIDE * 4, factor_bytes = FACTOR_STRIDE * 4;
     constexpr int BELOW_C = AMX_ROWS * C_STRIDE;
     const int64_t tile_bytes = tile.stride * 4, across = tile.block;
@@ -359,7 +408,6 @@ class AmxTiles {
 #pragma GCC unroll 4
       for (int i = 0; i < RIGHT; ++i) ahead.step();
     }
-    shared_ahead = ahead;
     _tile_stored(0, c, c_bytes);
     if constexpr (RIGHT > 1) _tile_stored(1, c + 16, c_bytes);
     if constexpr (RIGHT > 2) _tile_stored(2, c + 32, c_bytes);
@@ -389,11 +437,11 @@ struct Multiplier {
 #if defined(__AMX_BF16__)
   AmxTiles tiles;
 #endif
-  Ahead ahead;  // of products in tiles; others ask for Tile::ahead
+  Ahead ahead;
 
   // `words` of the tile, at least one, each times as many factors as it has elements; `columns` is
-  // a multiple of 16 and of LANES. The remainders of rounded factors, if they have any, lie so many
-  // words behind them; 0: there are none.
+  // a multiple of 16. The remainders of rounded factors, if they have any, lie so many words behind
+  // them; 0: there are none.
   template <class T, int FACTOR_STRIDE, int C_STRIDE>
   void operator()(const uint32_t* factors, int remainders, int rows, Tile tile, int words,
                   int columns, float* c, bool add) {
@@ -402,20 +450,22 @@ struct Multiplier {
       return tiles.multiply<FACTOR_STRIDE, C_STRIDE>(factors, remainders, rows, tile, words,
                                                      columns, c, add, ahead);
 #endif
-    multiply_vectors<T, FACTOR_STRIDE, C_STRIDE>(factors, rows, tile, words, columns, c, add);
+    multiply_vectors<T, FACTOR_STRIDE, C_STRIDE>(factors, rows, tile, words, columns, c, add,
+                                                 ahead);
     if (remainders)
       multiply_vectors<T, FACTOR_STRIDE, C_STRIDE>(factors + remainders, rows, tile, words, columns,
-                                                   c, true);
+                                                   c, true, ahead);
   }
 
-  // How often `ahead` takes a step in a product.
+  // How many steps ahead such a product takes.
+  template <class T>
+  static int steps(bool remainders, int rows, int words, int columns) {
 #if defined(__AMX_BF16__)
-  static int steps(int rows, int words, int columns) {
-    return AmxTiles::steps(rows, words, columns);
-  }
-#else
-  static int steps(int, int, int) { return 0; }
+    if constexpr (IN_TILES<T>) return AmxTiles::steps(rows, words, columns);
 #endif
+    const Pieces pieces(rows, columns / COLUMN_BLOCK);
+    return pieces.rows * pieces.columns * words * (remainders ? 2 : 1);
+  }
 };
 
 }  // namespace
