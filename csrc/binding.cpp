@@ -3,6 +3,8 @@
 
 #include "binding.h"
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "cpu/parallel.h"
@@ -82,7 +84,7 @@ void attend_paged(StepPlan& step, int dtype, int num_heads, int kv_heads, int he
 
 // `lse` is padded like the query, [W, Q, Hq] dense.
 void attend_rows(StepPlan& step, int dtype, int num_heads, int kv_heads, int head_dim,
-                 int value_dim, const Strided& query, const SegmentList& segments,
+                 int value_dim, const Strided& query, const SegmentTable& segments,
                  const Strided& out, Address lse, int32_t padded_queries, float scale,
                  float rope_scale, bool interleaved, float softcap, int threads) {
   const std::vector<SegmentRows> rows = segment_rows(segments);
@@ -221,6 +223,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy_pages", &copy_pages);
   m.def("read_pages", &read_pages);
   m.def("fill_angles", &fill_angles);
+  m.def("all_finite", [](const Floats& numbers) {
+    return std::all_of(numbers.data(), numbers.data() + numbers.size(),
+                       [](float x) { return std::isfinite(x); });
+  });
   m.def("read_bandwidth_pass", &read_bandwidth_pass, py::arg("data"), py::arg("bytes"),
         py::arg("threads"));
   m.def("fma_pass", &fma_pass, py::arg("dtype"), py::arg("iterations"), py::arg("threads"));
@@ -233,5 +239,6 @@ PYBIND11_MODULE(_C, m) {
     return cpu::value_page_elements(make_heads(dtype, kv_heads, 1, value_dim, value_dim));
   });
 
+  bind_tensors(m);
   bind_cuda(m);
 }

@@ -44,14 +44,14 @@ struct StepPlan {
   cpu::Workspace workspace;
 };
 
-// `segments` [S, 6]: addresses of keys and values, then key token and head stride, value token and
-// head stride.
-using SegmentList = std::vector<std::array<int64_t, 6>>;
+// [S, 6]: addresses of keys and values, token and head stride of keys, the same of values.
+using SegmentTable = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-inline std::vector<SegmentRows> segment_rows(const SegmentList& segments) {
+inline std::vector<SegmentRows> segment_rows(const SegmentTable& segments) {
   std::vector<SegmentRows> rows;
-  rows.reserve(segments.size());
-  for (const auto& s : segments)
+  rows.reserve(segments.size() / 6);
+  const int64_t* s = segments.data();
+  for (const int64_t* end = s + segments.size(); s < end; s += 6)
     rows.push_back({reinterpret_cast<const void*>(s[0]), reinterpret_cast<const void*>(s[1]), s[2],
                     s[3], s[4], s[5]});
   return rows;
@@ -59,5 +59,8 @@ inline std::vector<SegmentRows> segment_rows(const SegmentList& segments) {
 
 // Adds the submodule `cuda`.
 void bind_cuda(py::module_& m);
+
+// Adds the class `TensorReader`.
+void bind_tensors(py::module_& m);
 
 }  // namespace hogwild

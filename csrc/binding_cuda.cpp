@@ -21,7 +21,7 @@ py::bytes bytes_of(const T& tables) {
 }
 
 cuda::Tables make_tables(const StepPlan& step, int kv_heads, int padded_queries,
-                         const std::optional<SegmentList>& segments) {
+                         const std::optional<SegmentTable>& segments) {
   const std::vector<SegmentRows> rows =
       segments ? segment_rows(*segments) : std::vector<SegmentRows>();
   return cuda::Tables(step.plan.view(), kv_heads, step.group, padded_queries,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _C
+from .cpu_backend import CPU
 
 NO_CUDA_KERNELS = (
     "this build has no CUDA kernels: in the source folder of hogwild_ext, type "
@@ -23,10 +24,11 @@ NO_CUDA_KERNELS = (
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Segments = np.ndarray[Any, np.dtype[np.int64]]
+"""[S, 6]: addresses of keys and values, token and head stride of keys, the same of values."""
 
 
-@dataclass(frozen=True)
-class Scoring:
+class Scoring(NamedTuple):
     """Numbers of the attention function, as in `concurrent_attention`."""
 
     scale: float
@@ -55,9 +57,8 @@ class PagedLayers:
     """The backend's own, from step to step: see `Backend.step_memory`."""
 
 
-@dataclass(frozen=True)
-class PlanInput:
-    """The layout of a step; see `Plan` in the compiled module."""
+class PlanInput(NamedTuple):
+    """The layout of a step: the arguments of `Plan` in the compiled module, in their order."""
 
     offsets: Ints
     lengths: Ints
@@ -72,11 +73,7 @@ class PlanInput:
     packed: bool = False
 
     def plan(self, row_group: int) -> _C.Plan:
-        return _C.Plan(
-            self.offsets, self.lengths, self.query_lengths, self.inv_freq, self.group,
-            self.kv_heads, self.window, self.key_start, self.tile_pages, self.slots, self.packed,
-            row_group,
-        )  # fmt: skip
+        return _C.Plan(*self, row_group)
 
 
 class Backend(Protocol):
@@ -117,10 +114,10 @@ class Backend(Protocol):
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],
-        values: Sequence[Tensor], segments: list[tuple[int, ...]], out: Tensor,
+        values: Sequence[Tensor], segments: Segments, out: Tensor,
         lse: Tensor | None, scoring: Scoring,
     ) -> None:  # fmt: skip
-        """Attend to plain tensors; `segments` are their addresses and strides."""
+        """Attend to plain tensors, which lie where `segments` says."""
 
     def commit(
         self, layers: PagedLayers, source: Ints, count: int, target: Ints, target_length: int
@@ -139,8 +136,6 @@ class Backend(Protocol):
 def backend_for(name: str, device: torch.device) -> Backend:
     """The backend of a device; ValueError with the remedy if it has none. `name`: the argument."""
     if device.type == "cpu":
-        from .cpu_backend import CPU
-
         return CPU
     if device.type == "cuda" and "cuda" in _C.backends:
         from .cuda_backend import cuda_backend

@@ -18,6 +18,7 @@ DTYPE_CODES = {
     torch.bfloat16: _C.BFLOAT16,
 }
 INT32_MAX = 2**31 - 1
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 HIDDEN = _C.HIDDEN
 
 T = TypeVar("T")
@@ -109,12 +110,13 @@ def is_sequence(name: str, value: Any, of: str) -> Sequence[Any]:
 
 def _as_array(name: str, value: Any, what: str) -> np.ndarray:
     if isinstance(value, torch.Tensor):
-        if value.device.type != "cpu":
+        if not value.is_cpu:
             raise ValueError(
                 f"{name}: expected host data (a CPU tensor, array or list), got {describe(value)}; "
                 "reading it from the device would synchronise"
             )
-        value = value.detach()
+        if value.requires_grad:
+            value = value.detach()
         if value.dtype == torch.bfloat16:
             value = value.float()
         return value.numpy()
@@ -135,14 +137,13 @@ def is_int32_array(
     name: str, value: Any, shape: tuple[int | None, ...], what: str, *, low: int = -(2**31)
 ) -> np.ndarray:
     """Host data of integers -> int32 array, C-contiguous. None in `shape` takes any size."""
-    if isinstance(value, np.ndarray) and value.dtype == np.int32:
-        array = value
-    else:
-        array = _as_array(name, value, what)
-        if array.size == 0 and array.dtype == np.float64:  # an empty list has no type of its own
-            array = array.astype(np.int32)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name}: expected {what}, got {describe(array)}")
+    array = _as_array(name, value, what)
+    if array.dtype == _INT32 and array.shape == shape and low == -(2**31):
+        return np.ascontiguousarray(array)
+    if array.size == 0 and array.dtype == np.float64:  # an empty list has no type of its own
+        array = array.astype(np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected {what}, got {describe(array)}")
     if len(array.shape) == 1 and array.size == 0 and len(shape) == 2 and 0 in shape:
         array = array.reshape([size or 0 for size in shape])
     fits = array.ndim == len(shape) and all(
@@ -150,7 +151,7 @@ def is_int32_array(
     )
     if not fits:
         raise ValueError(f"{name}: expected {what}, got {describe(value)}")
-    if array.size and (array.dtype != np.int32 or low > -(2**31)):
+    if array.size:
         smallest, largest = int(array.min()), int(array.max())
         if smallest < low or largest > INT32_MAX:
             bad = smallest if smallest < low else largest
@@ -162,7 +163,7 @@ def is_inv_freq(value: Any, head_dim: int | None) -> np.ndarray:
     """Host data [R/2] -> float32 array; R at most head_dim."""
     what = "inverse frequencies [R/2] with 0 <= R <= head_dim"
     array = _as_array("inv_freq", value, what)
-    if array.dtype.kind not in "f" and array.size:
+    if array.dtype.kind != "f" and array.size:
         raise TypeError(f"inv_freq: expected floating point {what}, got {describe(array)}")
     if array.ndim != 1:
         raise ValueError(f"inv_freq: expected {what}, got {describe(value)}")
@@ -170,8 +171,8 @@ def is_inv_freq(value: Any, head_dim: int | None) -> np.ndarray:
         raise ValueError(
             f"inv_freq: expected {what}; head_dim is {head_dim}, got {array.shape[0]} frequencies"
         )
-    array = np.ascontiguousarray(array, dtype=np.float32)
-    if not np.isfinite(array).all():
+    array = np.ascontiguousarray(array, dtype=_FLOAT32)
+    if not _C.all_finite(array):
         raise ValueError("inv_freq: expected finite numbers, got inf or nan")
     return array
 

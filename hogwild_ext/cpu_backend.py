@@ -6,22 +6,24 @@ import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _C, checks
-from .backends import Ints, PagedLayers, PlanInput, Scoring
+
+if TYPE_CHECKING:
+    from .backends import Ints, PagedLayers, PlanInput, Scoring, Segments
 
 
 class CpuBackend:
     """See `backends.Backend`."""
 
     def check_head_dims(self, names: tuple[str, str], head_dim: int, value_dim: int) -> None:
-        for name, dim in zip(names, (head_dim, value_dim), strict=True):
-            checks.is_head_dim(name, dim)
+        checks.is_head_dim(names[0], head_dim)
+        checks.is_head_dim(names[1], value_dim)
 
     def page_shape(self, dtype: int, kv_heads: int, dim: int, is_key: bool) -> tuple[int, ...]:
         elements = _C.key_page_elements if is_key else _C.value_page_elements
@@ -59,31 +61,33 @@ class CpuBackend:
             layers.dtype, layers.kv_heads, layers.head_dim, layers.value_dim,
         )  # fmt: skip
         key_pages, value_pages = layers.key_addresses[layer], layers.value_addresses[layer]
-        scoring = layers.scoring
+        scale, rope_scale, interleaved, softcap = layers.scoring
         _C.append(
             plan, dtype, kv_heads, head_dim, value_dim,
             (key.data_ptr(), key_token, key_head), (value.data_ptr(), value_token, value_head),
-            key_pages, value_pages, scoring.rope_scale, scoring.interleaved, threads,
+            key_pages, value_pages, rope_scale, interleaved, threads,
         )  # fmt: skip
         _C.attend_paged(
             plan, dtype, query.shape[1], kv_heads, head_dim, value_dim,
             (query.data_ptr(), 0, query_token, query_head), key_pages, value_pages,
-            (out.data_ptr(), 0, out_token, out_head), 0, scoring.scale, scoring.rope_scale,
-            scoring.interleaved, scoring.softcap, threads,
+            (out.data_ptr(), 0, out_token, out_head), 0, scale, rope_scale, interleaved, softcap,
+            threads,
         )  # fmt: skip
         return True
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],
-        values: Sequence[Tensor], segments: list[tuple[int, ...]], out: Tensor,
+        values: Sequence[Tensor], segments: Segments, out: Tensor,
         lse: Tensor | None, scoring: Scoring,
     ) -> None:  # fmt: skip
-        queries, num_heads, head_dim = query.shape[1:]
+        _, queries, num_heads, head_dim = query.shape
+        query_worker, query_token, query_head, _ = query.stride()
+        out_worker, out_token, out_head, _ = out.stride()
         _C.attend_rows(
             layout.plan(_C.ROW_GROUP), dtype, num_heads, layout.kv_heads, head_dim, out.shape[3],
-            (query.data_ptr(), *query.stride()[:3]), segments, (out.data_ptr(), *out.stride()[:3]),
-            0 if lse is None else lse.data_ptr(), queries, scoring.scale, scoring.rope_scale,
-            scoring.interleaved, scoring.softcap, torch.get_num_threads(),
+            (query.data_ptr(), query_worker, query_token, query_head), segments,
+            (out.data_ptr(), out_worker, out_token, out_head),
+            0 if lse is None else lse.data_ptr(), queries, *scoring, torch.get_num_threads(),
         )  # fmt: skip
 
     def commit(

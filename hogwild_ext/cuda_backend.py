@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .backends import Ints, PagedLayers, PlanInput, Scoring
+from .backends import Ints, PagedLayers, PlanInput, Scoring, Segments
 
 HEAD_DIMS = (64, 96, 128, 256)
 
@@ -132,7 +132,7 @@ class CudaBackend:
         head_dim: int,
         memory: StepMemory | None = None,
         padded_queries: int = 0,
-        segments: list[tuple[int, ...]] | None = None,
+        segments: Segments | None = None,
     ) -> DeviceStep:
         self._refuse_capture()
         plan = layout.plan(_C.cuda.row_group(dtype, head_dim))
@@ -183,7 +183,7 @@ class CudaBackend:
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],
-        values: Sequence[Tensor], segments: list[tuple[int, ...]], out: Tensor,
+        values: Sequence[Tensor], segments: Segments, out: Tensor,
         lse: Tensor | None, scoring: Scoring,
     ) -> None:  # fmt: skip
         queries, head_dim = query.shape[1], query.shape[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _C, checks
-from .backends import PlanInput, Scoring, backend_for
+from .backends import Ints, PlanInput, Scoring, Segments, backend_for
 
 HIDDEN: int = _C.HIDDEN
 """Offset of a segment that a worker does not see."""
@@ -20,6 +21,9 @@ HostData = Any  # a CPU tensor, an array, or (nested) lists of numbers
 _QUERY = "[workers, queries, heads, head_dim]"
 _KEYS = "[tokens, kv_heads, head_dim]"
 _VALUES = "[tokens, kv_heads, value_dim]"
+
+_TENSORS = _C.TensorReader(Tensor)
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def concurrent_attention(
@@ -85,20 +89,22 @@ def concurrent_attention(
         )  # fmt: skip
 
     checks.is_tensor("query", query, 4, _QUERY)
-    code = checks.DTYPE_CODES[checks.is_storage_dtype("query", query.dtype)]
-    backend = backend_for("query", query.device)
+    dtype, device = query.dtype, query.device
+    code = checks.DTYPE_CODES[checks.is_storage_dtype("query", dtype)]
+    backend = backend_for("query", device)
     checks.has_no_grad("query", query)
     workers, queries, num_heads, head_dim = query.shape
     backend.check_head_dims(("query", "query"), head_dim, head_dim)
-    segments, lengths, kv_heads, value_dim = _check_segments(query, keys, values)
-    backend.check_head_dims(("query", "values[0]"), head_dim, value_dim)
+    segments, lengths, kv_heads, value_dim = _read_segments(query, keys, values)
+    if value_dim != head_dim:
+        backend.check_head_dims(("query", "values[0]"), head_dim, value_dim)
     checks.heads_divide(num_heads, kv_heads)
 
     what = f"integers [workers, segments] = [{workers}, {len(lengths)}]"
     offsets_array = checks.is_int32_array("offsets", offsets, (workers, len(lengths)), what)
     frequencies = checks.is_inv_freq(inv_freq, head_dim)
     if query_lengths is None:
-        brought = np.full(workers, queries, dtype=np.int32)
+        brought = np.array([queries] * workers, np.int32)
     else:
         what = f"integers [workers] = [{workers}] from 0 to {queries}"
         brought = checks.is_int32_array("query_lengths", query_lengths, (workers,), what, low=0)
@@ -116,10 +122,10 @@ def concurrent_attention(
         )
     shape = (workers, queries, num_heads, value_dim)
     if out is None:
-        out = torch.empty(shape, dtype=query.dtype, device=query.device)
+        out = torch.empty(shape, dtype=dtype, device=device)
     else:
         _check_out(out, shape, query, [*keys, *values])
-    lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device) if return_lse else None
+    lse = torch.empty(shape[:3], dtype=torch.float32, device=device) if return_lse else None
 
     layout = PlanInput(
         offsets_array, lengths, brought, frequencies, num_heads // kv_heads, kv_heads, window
@@ -129,10 +135,20 @@ def concurrent_attention(
     return out if lse is None else (out, lse)
 
 
+def _read_segments(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Segments, Ints, int, int]:
+    """(addresses and strides, lengths, kv_heads, value_dim) of the segments."""
+    found = _TENSORS.segments(query, keys, values)
+    if found is None or (torch.is_grad_enabled() and any(map(_requires_grad, (*keys, *values)))):
+        return _check_segments(query, keys, values)
+    return found
+
+
 def _check_segments(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[list[tuple[int, ...]], np.ndarray, int, int]:
-    """(addresses and strides, lengths, kv_heads, value_dim) of the segments."""
+) -> tuple[Segments, Ints, int, int]:
+    """`_read_segments`, tensor by tensor: for an older torch, and to say what does not fit."""
     checks.is_sequence("keys", keys, f"tensors {_KEYS}, one a segment")
     checks.is_sequence("values", values, f"tensors {_VALUES}, one a segment")
     if len(keys) != len(values):
@@ -141,7 +157,7 @@ def _check_segments(
         )
     num_heads, head_dim = query.shape[2:]
     if not keys:
-        return [], np.zeros(0, dtype=np.int32), num_heads, head_dim
+        return np.zeros((0, 6), np.int64), np.zeros(0, np.int32), num_heads, head_dim
 
     grad = torch.is_grad_enabled()
     for name, tensors, shape in (("keys", keys, _KEYS), ("values", values, _VALUES)):
@@ -176,7 +192,7 @@ def _check_segments(
             raise ValueError(f"keys[{s}]: expected fewer than 2**31 tokens, got {length}")
         segments.append((key.data_ptr(), value.data_ptr(), *key.stride()[:2], *value.stride()[:2]))
         lengths.append(length)
-    return segments, np.array(lengths, dtype=np.int32), kv_heads, value_dim
+    return np.array(segments, np.int64), np.array(lengths, np.int32), kv_heads, value_dim
 
 
 def _check_out(

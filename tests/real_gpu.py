@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hogwild_ext.backends import Backend, Ints, PagedLayers, PlanInput, Scoring
+    from hogwild_ext.backends import Backend, Ints, PagedLayers, PlanInput, Scoring, Segments
 
 
 def wanted() -> bool:
@@ -87,14 +87,13 @@ class CopyingBackend:
 
     def attend_rows(
         self, layout: PlanInput, dtype: int, query: Tensor, keys: Sequence[Tensor],
-        values: Sequence[Tensor], segments: list[tuple[int, ...]], out: Tensor,
+        values: Sequence[Tensor], segments: Segments, out: Tensor,
         lse: Tensor | None, scoring: Scoring,
     ) -> None:  # fmt: skip
         keys, values = ([self._there(x) for x in side] for side in (keys, values))
-        segments = [
-            (key.data_ptr(), value.data_ptr(), *strides)
-            for key, value, (_, _, *strides) in zip(keys, values, segments, strict=True)
-        ]
+        segments = segments.copy()
+        for row, key, value in zip(segments, keys, values, strict=True):
+            row[:2] = key.data_ptr(), value.data_ptr()
         results = [(x, self._there(x)) for x in (out, lse) if x is not None]
         out_there, *lse_there = (there for _, there in results)
         self._gpu.attend_rows(

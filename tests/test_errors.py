@@ -173,6 +173,13 @@ def other_cache(_: World) -> hx.SegmentCache:
 
 meta = torch.device("meta")
 wide = torch.randn(2, 3, HEADS, 2 * D)[..., ::2]  # its last dimension is not dense
+SECOND_SEGMENT = [
+    ("type", np.zeros((4, KV, D), np.float32)), ("rank", torch.zeros(4, KV, D, 1)),
+    ("dtype", torch.zeros(4, KV, D).half()), ("dtype", torch.zeros(4, KV, D, dtype=torch.int32)),
+    ("device", torch.zeros(4, KV, D, device=meta)),
+    ("range", torch.zeros(4, KV, 2 * D)[..., ::2]),
+    ("grad", torch.zeros(4, KV, D, requires_grad=True)),
+]  # fmt: skip
 NUMBER = [("type", "a lot"), ("type", None), ("type", True), ("range", float("nan")),
           ("range", float("inf"))]  # fmt: skip
 FLAG = [("type", 1), ("type", None), ("type", "yes")]
@@ -208,6 +215,7 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
             ("device", [torch.zeros(5, KV, D, device=meta)] * 2),
             ("range", [torch.zeros(5, KV, D), torch.zeros(4, KV, 2 * D)]),
             ("range", [torch.zeros(5, KV, D), torch.zeros(4, 1, D)]),
+            *[(kind, [torch.zeros(5, KV, D), bad]) for kind, bad in SECOND_SEGMENT],
             ("grad", [torch.zeros(n, KV, D, requires_grad=True) for n in (5, 4)]),
         ],
         "values": [
@@ -217,6 +225,9 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
             ("range", [torch.zeros(5, KV, D)]),
             ("range", [torch.zeros(5, KV, D), torch.zeros(5, KV, D)]),
             ("range", [torch.zeros(5, KV, 9), torch.zeros(4, KV, 9)]),
+            ("range", [torch.zeros(5, KV, D), torch.zeros(4, KV, 2 * D)]),
+            ("range", [torch.zeros(5, KV, D), torch.zeros(4, 1, D)]),
+            *[(kind, [torch.zeros(5, KV, D), bad]) for kind, bad in SECOND_SEGMENT],
             ("grad", [torch.zeros(n, KV, D, requires_grad=True) for n in (5, 4)]),
         ],
         "offsets": [

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 import hogwild_ext as hx
 from compare import assert_same_bits
-from op_cases import DTYPES, HIDDEN, Case, Layout, as_host, layouts, random_case
+from hogwild_ext import ops
+from op_cases import DTYPES, HIDDEN, MEMORY, Case, Layout, as_host, laid_out, layouts, random_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,6 +213,42 @@ def test_same_bits_for_lists_arrays_and_tensors(host: str, generator: torch.Gene
     offsets = as_host(torch.tensor(case.offsets, dtype=torch.int32).numpy(), host)
     again = replace(case, offsets=offsets, options={**case.options, **as_given})
     assert_same_results(again.run(), case.run())
+
+
+def older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose tensors C code cannot read."""
+    monkeypatch.setattr(ops, "_TENSORS", hx._C.TensorReader(object))
+
+
+def as_parameters(case: Case) -> Case:
+    keys = [torch.nn.Parameter(key, requires_grad=False) for key in case.keys]
+    return replace(case, keys=keys)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_are_read_alike_in_python_and_in_c(
+    dtype: torch.dtype, memory: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = random_case(
+        generator, dtype, [[0, 1, 2], [2, 0]], [70, 0, 3], [2, 1], dim=64, value_dim=96
+    )
+    case = replace(
+        case,
+        keys=[laid_out(key, memory) for key in case.keys],
+        values=tuple(laid_out(value, memory) for value in case.values),
+    )
+    tensors = case.query, case.keys, case.values
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        read = ops._TENSORS.segments(*tensors)
+        assert read is not None
+        for mine, expected in zip(read, ops._check_segments(*tensors), strict=True):
+            assert np.array_equal(mine, expected)
+    expected = case.run()
+    assert_same_results(as_parameters(case).run(), expected)
+    older_torch(monkeypatch)
+    assert ops._TENSORS.segments(*tensors) is None
+    assert_same_results(case.run(), expected)
 
 
 # Instruction sets ---------------------------------------------------------------------------------
