@@ -78,6 +78,23 @@ def test_same_bits_where_work_is_split(dtype: torch.dtype, generator: torch.Gene
             assert_same_results(case.run(), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_where_heads_take_turns(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """More KV heads than one thread reads side by side, and work that is split among threads."""
+    case = random_case(
+        generator, dtype, [[0, 1], [1, 0]], [700, 2100], [1, 2], kv_heads=11, group=1
+    )
+    apart = replace(
+        case,
+        keys=[laid_out(key, "heads first") for key in case.keys],
+        values=[laid_out(value, "heads first") for value in case.values],
+    )
+    expected = apart.run()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert_same_results(case.run(), expected)
+
+
 # Company ------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
 // Attention over many segments: one thread's share of the work.
 //
-// For each pair (KV head, row group) the rows' queries are rotated on entering a segment; then,
+// For each pair (KV heads, row group) the rows' queries are rotated on entering a segment; then,
 // tile by tile, scores, softmax and the weighted sum of values run over all rows that see the
 // tile, so that a tile is read from memory once for all of them. A chunk's partial result is
 // folded into the rows' running result when the chunk ends.
+//
+// A pair has one KV head, or, where a token's heads lie side by side in memory, several that take
+// turns at each tile: so memory is read in order.
 
 #pragma once
 
@@ -40,16 +43,21 @@ struct Folded {
   float sum[ROW_GROUP];                          // sum of weights; 0 where nothing was seen
 };
 
-struct Scratch {
+// What is kept of each KV head of a pair.
+struct HeadState {
   alignas(64) float query[ROW_GROUP][DIM_STRIDE];
   alignas(64) uint32_t rotated[ROW_GROUP][DIM_STRIDE];  // factors of keys, and their remainders
-  alignas(64) float scores[ROW_GROUP][SCORE_STRIDE];    // then weights, factors of values
   alignas(64) float lane_sums[ROW_GROUP][LANES];
   Folded chunk, result;
+};
+
+struct Scratch {
+  alignas(64) float scores[ROW_GROUP][SCORE_STRIDE];  // then weights, factors of values
   int64_t position[ROW_GROUP];  // of each row, relative to the segment's first token
   alignas(64) uint32_t keys[TILE * MAX_DIM];  // of plain tensors, as in a page
   alignas(64) uint32_t values[TILE * MAX_DIM];
   alignas(64) uint32_t last_values[WORDS_AT_ONCE * MAX_DIM];  // of a tile that is not full
+  HeadState heads[1];  // as many as a pair has
 };
 
 struct Run {
@@ -71,8 +79,8 @@ HOGWILD_INLINE void scale_row(float* x, int n, float factor) {
 // Scores become weights 2^(score - reference), 0 outside keys [first, last) of the tile; the
 // weights are factors, which may take less room, in the same place.
 template <class T>
-static void softmax_row(Scratch& s, int row, int vectors, int first, int last, float cap,
-                        int padded_dim) {
+static void softmax_row(Scratch& s, HeadState* h, int row, int vectors, int first, int last,
+                        float cap, int padded_dim) {
   float* x = s.scores[row];
   if (cap != 0.f)
     for (int v = 0; v < vectors; ++v)
@@ -87,19 +95,19 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
 
   vfloat top = load<vfloat>(x);
   for (int v = 1; v < vectors; ++v) top = max(top, load<vfloat>(x + v * LANES));
-  float& reference = s.chunk.max[row];
+  float& reference = h->chunk.max[row];
   if (any_above(top, reference + RESCALE_AFTER)) {
     const float moved = max_lane(top);
     if (reference != -__builtin_inff()) {
       const float factor = exp2(splat(reference - moved))[0];
-      scale_row(s.chunk.out[row], padded_dim, factor);
-      scale_row(s.lane_sums[row], LANES, factor);
+      scale_row(h->chunk.out[row], padded_dim, factor);
+      scale_row(h->lane_sums[row], LANES, factor);
     }
     reference = moved;
   }
 
   const vfloat base = splat(reference == -__builtin_inff() ? 0.f : reference);
-  vfloat sum = load<vfloat>(s.lane_sums[row]);
+  vfloat sum = load<vfloat>(h->lane_sums[row]);
   for (int v = 0; v < vectors; ++v) {
     const vfloat weight = exp2<MULTIPLIES_PAIRS<T>>(load<vfloat>(x + v * LANES) - base);
     // What values are multiplied by is what is summed: where a row sees one key, or hardly any
@@ -107,20 +115,33 @@ static void softmax_row(Scratch& s, int row, int vectors, int first, int last, f
     sum = sum + store_factors<T>(x, v * LANES, weight);
   }
   if (IN_TILES<T> && vectors % 2) store_factors<T>(x, vectors * LANES, vfloat{});
-  store(s.lane_sums[row], sum);
+  store(h->lane_sums[row], sum);
 }
 
 // ---- tiles of plain tensors ---------------------------------------------------------------
 
 // A block of keys given as rows of words -> [words][16].
 static void interleave_keys(const uint32_t* const* rows, int words, Ahead& ahead, uint32_t* out) {
-  for (int w = 0; w < words; w += 4) {
+  for (int w = 0; w < words; w += LANES) {
     ahead.step();
+    const int some = words - w < LANES ? words - w : LANES;
     for (int k = 0; k < COLUMN_BLOCK; k += LANES) {
-      const uint32_t* const* from = rows + k;
-      const FourVectors block = transpose_quads(load_quads(from, w), load_quads(from + 1, w),
-                                                load_quads(from + 2, w), load_quads(from + 3, w));
-      for (int i = 0; i < 4; ++i) store(out + (w + i) * COLUMN_BLOCK + k, block.unit[i]);
+      vuint block[LANES];
+      uint32_t* to = out + w * COLUMN_BLOCK + k;
+      if (some == LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) block[i] = load<vuint>(rows[k + i] + w);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) store(to + i * COLUMN_BLOCK, block[i]);
+      } else {
+        for (int i = 0; i < LANES; ++i) {
+          block[i] = vuint{};
+          __builtin_memcpy(&block[i], rows[k + i] + w, some * 4);
+        }
+        transpose(block);
+        for (int i = 0; i < some; ++i) store(to + i * COLUMN_BLOCK, block[i]);
+      }
     }
   }
 }
@@ -142,7 +163,9 @@ struct Attention {
   const int key_words;   // of a key
   const int padded_dim;  // of the accumulators
   Multiplier multiply;
-  int head;
+  int first_head = 0, num_heads = 0;  // of the pair
+  int head = 0;                       // the one that is being worked on
+  HeadState* h;                       // its state
 
   Attention(const AttendArgs& a, Scratch& scratch)
       : args(a),
@@ -151,7 +174,16 @@ struct Attention {
         s(scratch),
         key_words(a.heads.head_dim / PER_WORD<T>),
         padded_dim((a.heads.value_dim + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK),
-        head(0) {}
+        h(scratch.heads) {}
+
+  template <class Body>
+  HOGWILD_INLINE void for_heads(Body body) {
+    for (int i = 0; i < num_heads; ++i) {
+      head = first_head + i;
+      h = s.heads + i;
+      body();
+    }
+  }
 
   const E* key_page(TilePlace at) {
     const int page = plan.tile_pages[plan.first_tile[at.segment] + at.begin / TILE];
@@ -229,6 +261,12 @@ struct Attention {
     }
   }
 
+  template <class Body>
+  HOGWILD_INLINE void for_rows_of(const Visit& visit, Body body) {
+    for (int i = visit.span_begin; i < visit.span_end; ++i)
+      for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row) body(row);
+  }
+
   void load_queries(const RowGroup& group) {
     const hogwild::TokenTensor& q = args.query;
     for (int p = group.part_begin; p < group.part_end; ++p) {
@@ -237,7 +275,7 @@ struct Attention {
         const E* from = (const E*)q.data + part.worker * q.worker_stride +
                         (plan.query_start[part.worker] + int64_t(token)) * q.token_stride +
                         query_head * q.head_stride;
-        for (int d = 0; d < heads.head_dim; ++d) s.query[row][d] = T::widen(from[d]);
+        for (int d = 0; d < heads.head_dim; ++d) h->query[row][d] = T::widen(from[d]);
       });
     }
   }
@@ -274,10 +312,10 @@ struct Attention {
         }
         s.position[row] = int64_t(plan.offsets[at]) + token;
         alignas(64) float x[MAX_DIM];
-        for (int d = 0; d < D; ++d) x[d] = s.query[row][d];
+        for (int d = 0; d < D; ++d) x[d] = h->query[row][d];
         rotate(x, cos, sin, half, args.rope.interleaved, args.rope.scale);
         for (int d = D; d % LANES; ++d) x[d] = 0.f;
-        uint32_t* rotated = s.rotated[row];
+        uint32_t* rotated = h->rotated[row];
         for (int d = 0; d < D; d += LANES) {
           const vfloat exact = load<vfloat>(x + d) * splat(factor);
           const vfloat kept = store_factors<T>(rotated, d, exact);
@@ -316,8 +354,8 @@ struct Attention {
     if (in_pages())
       return {key_page(at), 1,
               (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK * row_bytes / 64, 0};
-    return {key_rows(at), keys, (row_bytes + 63) / 64,
-            args.keys_values.rows[at.segment].key_token_stride * int64_t(sizeof(E))};
+    const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
+    return row_lines(key_rows(at), keys, row_bytes, rows.key_token_stride, rows.key_head_stride);
   }
 
   Lines value_lines(TilePlace at) {
@@ -327,8 +365,16 @@ struct Attention {
       return {value_page(at), 1,
               words * int(hogwild::cpu::padded_value_dim(heads.value_dim)) / COLUMN_BLOCK, 0};
     }
-    return {value_rows(at), keys, (row_bytes + 63) / 64,
-            args.keys_values.rows[at.segment].value_token_stride * int64_t(sizeof(E))};
+    const hogwild::SegmentRows& rows = args.keys_values.rows[at.segment];
+    return row_lines(value_rows(at), keys, row_bytes, rows.value_token_stride,
+                     rows.value_head_stride);
+  }
+
+  // Of all heads of the pair.
+  Lines row_lines(const E* first, int keys, int row_bytes, int64_t token_stride,
+                  int64_t head_stride) {
+    const int64_t bytes = (num_heads - 1) * head_stride * int64_t(sizeof(E)) + row_bytes;
+    return {first, keys, int((bytes + 63) / 64), token_stride * int64_t(sizeof(E))};
   }
 
   // Asks for `next` in steps, while the runs of a tile of `keys` are computed.
@@ -336,7 +382,7 @@ struct Attention {
     const int blocks = (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
     int steps = 0;
     if (!in_pages()) {
-      steps += blocks * key_words / 4;
+      steps += blocks * ((key_words + LANES - 1) / LANES);
       if (PER_WORD<T> == 2) steps += keys / 2;
     }
     for (int r = 0; r < count; ++r) {
@@ -346,7 +392,7 @@ struct Attention {
       steps +=
           Multiplier::steps<T>(false, rows, (keys + PER_WORD<T> - 1) / PER_WORD<T>, padded_dim);
     }
-    multiply.ahead.start(key_lines(next), value_lines(next), steps);
+    multiply.ahead.start(key_lines(next), value_lines(next), steps * num_heads);
   }
 
   // Adds weights times values to the chunk's result, or begins it with them.
@@ -355,7 +401,7 @@ struct Attention {
     const int rows = run.last - run.first;
     const int words = keys / (AT_ONCE * PER_WORD<T>)*AT_ONCE, rest = keys - words * PER_WORD<T>;
     const uint32_t* weights = (const uint32_t*)s.scores[run.first];
-    float* out = s.chunk.out[run.first];
+    float* out = h->chunk.out[run.first];
     if (words)
       multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(weights, 0, rows, value, words,
                                                                 padded_dim, out, add);
@@ -393,10 +439,13 @@ struct Attention {
     Run runs[ROW_GROUP];
     int rows = 0;
     for (int i = visit.span_begin; i < visit.span_end; ++i)
-      for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row, ++rows) {
-        store(s.lane_sums[row], vfloat{});
-        s.chunk.max[row] = -__builtin_inff();
-      }
+      rows += plan.spans[i].last - plan.spans[i].first;
+    for_heads([&] {
+      for_rows_of(visit, [&](int row) {
+        store(h->lane_sums[row], vfloat{});
+        h->chunk.max[row] = -__builtin_inff();
+      });
+    });
     bool begun = false;  // whether there is something in chunk.out
 
     for (int begin = chunk.begin; begin < chunk.end; begin += TILE) {
@@ -405,43 +454,49 @@ struct Attention {
       const int count = runs_of(visit, begin, begin + keys, runs);
       if (count == 0) continue;
       if (!begun && rows_of(runs, count) < rows) {  // some rows see nothing of the tile
-        for (int i = visit.span_begin; i < visit.span_end; ++i)
-          for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row)
-            for (int d = 0; d < padded_dim; d += LANES) store(s.chunk.out[row] + d, vfloat{});
+        for_heads([&] {
+          for_rows_of(visit, [&](int row) {
+            for (int d = 0; d < padded_dim; d += LANES) store(h->chunk.out[row] + d, vfloat{});
+          });
+        });
         begun = true;
       }
-      const TilePlace here{head, chunk.segment, begin};
+      const bool last = begin + TILE >= chunk.end;
       look_ahead(runs, count, keys,
-                 begin + TILE < chunk.end ? TilePlace{head, chunk.segment, begin + TILE} : next);
-      const Tile key = key_tile(here, keys);
-      for (int r = 0; r < count; ++r)
-        multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
-            s.rotated[runs[r].first], MULTIPLIES_PAIRS<T> ? key_words : 0,
-            runs[r].last - runs[r].first, key, key_words, key_blocks * COLUMN_BLOCK,
-            s.scores[runs[r].first], false);
-      for (int r = 0; r < count; ++r)
-        for (int row = runs[r].first; row < runs[r].last; ++row) {
-          multiply.ahead.step();
-          const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
-          const int64_t first = place - plan.window + 1;
-          softmax_row<T>(s, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
-                         place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
-        }
-      const Tile value = value_tile(here, keys);
-      for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys, begun);
+                 last ? next : TilePlace{first_head, chunk.segment, begin + TILE});
+      for_heads([&] {
+        const TilePlace here{head, chunk.segment, begin};
+        const Tile key = key_tile(here, keys);
+        for (int r = 0; r < count; ++r)
+          multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
+              h->rotated[runs[r].first], MULTIPLIES_PAIRS<T> ? key_words : 0,
+              runs[r].last - runs[r].first, key, key_words, key_blocks * COLUMN_BLOCK,
+              s.scores[runs[r].first], false);
+        for (int r = 0; r < count; ++r)
+          for (int row = runs[r].first; row < runs[r].last; ++row) {
+            multiply.ahead.step();
+            const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
+            const int64_t first = place - plan.window + 1;
+            softmax_row<T>(s, h, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
+                           place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
+          }
+        const Tile value = value_tile(here, keys);
+        for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys, begun);
+      });
       begun = true;
     }
 
-    for (int i = visit.span_begin; i < visit.span_end; ++i)
-      for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row)
-        s.chunk.sum[row] = sum_lanes(load<vfloat>(s.lane_sums[row]));
+    for_heads([&] {
+      for_rows_of(visit,
+                  [&](int row) { h->chunk.sum[row] = sum_lanes(load<vfloat>(h->lane_sums[row])); });
+    });
   }
 
   // ---- fold ---------------------------------------------------------------------------------
 
   // result[row] <- result[row] (+) (out, max, sum), the merge of two softmaxes.
   void fold_row(int row, const float* out, float max, float sum) {
-    Folded& result = s.result;
+    Folded& result = h->result;
     if (sum == 0.f) return;
     if (result.sum[row] == 0.f) {
       for (int d = 0; d < padded_dim; d += LANES) store(result.out[row] + d, load<vfloat>(out + d));
@@ -461,14 +516,16 @@ struct Attention {
   }
 
   void fold_chunk(const Visit& visit) {
-    for (int i = visit.span_begin; i < visit.span_end; ++i)
-      for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row)
-        fold_row(row, s.chunk.out[row], s.chunk.max[row], s.chunk.sum[row]);
+    for_rows_of(visit, [&](int row) {
+      fold_row(row, h->chunk.out[row], h->chunk.max[row], h->chunk.sum[row]);
+    });
   }
 
-  // Partial results of a split pair, block 0 what the first range folded: [rows][dim], max, sum.
+  // Partial results of a split pair, block 0 what the first range folded, for each of its heads:
+  // [rows][dim], max, sum.
   float* partial_block(const SplitPair& split, int rows, int block) {
-    return split.partials + int64_t(block) * rows * (padded_dim + 2);
+    const int64_t index = int64_t(block) * args.heads_at_once + head - first_head;
+    return split.partials + index * rows * (padded_dim + 2);
   }
 
   void store_row(float* block, int rows, int row, const Folded& from) {
@@ -485,8 +542,8 @@ struct Attention {
 
   void clear_result(int rows) {
     for (int row = 0; row < rows; ++row) {
-      s.result.sum[row] = 0.f;
-      s.result.max[row] = -__builtin_inff();
+      h->result.sum[row] = 0.f;
+      h->result.max[row] = -__builtin_inff();
     }
   }
 
@@ -499,9 +556,7 @@ struct Attention {
       const Visit& visit = plan.visits[v];
       const float* block =
           partial_block(split, rows, 1 + v - group.visit_begin - split.first_stored);
-      for (int i = visit.span_begin; i < visit.span_end; ++i)
-        for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row)
-          fold_stored(block, rows, row);
+      for_rows_of(visit, [&](int row) { fold_stored(block, rows, row); });
     }
   }
 
@@ -515,16 +570,16 @@ struct Attention {
         const int64_t index = plan.query_start[part.worker] + int64_t(token);
         E* to = (E*)o.data + part.worker * o.worker_stride + index * o.token_stride +
                 query_head * o.head_stride;
-        const float sum = s.result.sum[row];
+        const float sum = h->result.sum[row];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
         for (int d = 0; d < heads.value_dim; ++d) {
-          to[d] = T::narrow(sum == 0.f ? 0.f : s.result.out[row][d] * inverse);
+          to[d] = T::narrow(sum == 0.f ? 0.f : h->result.out[row][d] * inverse);
         }
         if (args.lse)
           args.lse[part.worker * args.lse_worker_stride + index * args.lse_token_stride +
                    query_head] =
               sum == 0.f ? -__builtin_inff()
-                         : float(LN_2 * (double(s.result.max[row]) + __builtin_log2(double(sum))));
+                         : float(LN_2 * (double(h->result.max[row]) + __builtin_log2(double(sum))));
       });
     }
   }
@@ -537,7 +592,7 @@ struct Attention {
     int index = group->visit_begin + visit;
     if (index + 1 < group->visit_end) {
       ++index;
-    } else if (pair + 1 < plan.num_groups * heads.kv_heads) {
+    } else if ((pair + 1) / plan.num_groups * args.heads_at_once < heads.kv_heads) {
       group = &plan.groups[(pair + 1) % plan.num_groups];
       if (group->visit_begin < group->visit_end) {
         ++pair;
@@ -545,7 +600,7 @@ struct Attention {
       }
     }
     const Chunk& chunk = plan.chunks[plan.visits[index].chunk];
-    return {pair / plan.num_groups, chunk.segment, chunk.begin};
+    return {pair / plan.num_groups * args.heads_at_once, chunk.segment, chunk.begin};
   }
 
   void run(const WorkRange& range) {
@@ -558,36 +613,43 @@ struct Attention {
       const int first = pair == range.begin.pair ? range.begin.visit : 0;
       const int last = pair == range.end.pair ? range.end.visit : visits;
       SplitPair* split = first > 0 ? range.head : last < visits ? range.tail : nullptr;
-      head = pair / plan.num_groups;
+      first_head = pair / plan.num_groups * args.heads_at_once;
+      num_heads = heads.kv_heads - first_head;
+      if (num_heads > args.heads_at_once) num_heads = args.heads_at_once;
 
-      load_queries(group);
-      clear_result(rows);
+      for_heads([&] {
+        load_queries(group);
+        clear_result(rows);
+      });
       int entered = -1;
       for (int v = first; v < last; ++v) {
         const Visit& visit = plan.visits[group.visit_begin + v];
         const int segment = plan.chunks[visit.chunk].segment;
-        if (segment != entered) enter_segment(group, entered = segment);
-        attend_chunk(visit, tile_after(pair, v));
-        if (first == 0) {
-          fold_chunk(visit);
-        } else {
-          float* block = partial_block(*split, rows, 1 + v - split->first_stored);
-          for (int i = visit.span_begin; i < visit.span_end; ++i)
-            for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row)
-              store_row(block, rows, row, s.chunk);
+        if (segment != entered) {
+          for_heads([&] { enter_segment(group, segment); });
+          entered = segment;
         }
+        attend_chunk(visit, tile_after(pair, v));
+        for_heads([&] {
+          if (first == 0) return fold_chunk(visit);
+          float* block = partial_block(*split, rows, 1 + v - split->first_stored);
+          for_rows_of(visit, [&](int row) { store_row(block, rows, row, h->chunk); });
+        });
       }
       if (!split) {
-        write_rows(group);
+        for_heads([&] { write_rows(group); });
         continue;
       }
       if (first == 0)
-        for (int row = 0; row < rows; ++row)
-          store_row(partial_block(*split, rows, 0), rows, row, s.result);
-      if (__atomic_sub_fetch(&split->remaining, 1, __ATOMIC_ACQ_REL) == 0) {
-        fold_split(group, *split);
-        write_rows(group);
-      }
+        for_heads([&] {
+          float* block = partial_block(*split, rows, 0);
+          for (int row = 0; row < rows; ++row) store_row(block, rows, row, h->result);
+        });
+      if (__atomic_sub_fetch(&split->remaining, 1, __ATOMIC_ACQ_REL) == 0)
+        for_heads([&] {
+          fold_split(group, *split);
+          write_rows(group);
+        });
     }
   }
 };

@@ -140,7 +140,7 @@ float* Workspace::partials(int64_t floats) {
 
 namespace {
 
-// Work is all pairs (KV head, row group), each a list of visits. It is cut into ranges of about
+// Work is all pairs (KV heads, row group), each a list of visits. It is cut into ranges of about
 // equal cost, a few a thread, so that threads can share evenly even when one of them is held up. A
 // cut close to a pair's end moves there, so that nothing needs merging.
 //
@@ -166,22 +166,26 @@ double visit_cost(const PlanView& plan, const Visit& visit) {
 
 constexpr double WORTH_A_RANGE = 16384;  // cost below which waking another thread does not pay
 constexpr int RANGES_A_THREAD = 4;
+constexpr int32_t MOST_HEADS_AT_ONCE = 8;  // whose tiles the second-level cache holds
 
-Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
-  // before[v]: cost of the visits before v, over one head; a visit's own cost follows.
+Schedule make_schedule(const AttendArgs& args, int threads) {
+  const PlanView& plan = *args.plan;
+  const Heads& heads = args.heads;
+  const int head_blocks = (heads.kv_heads + args.heads_at_once - 1) / args.heads_at_once;
+  // before[v]: cost of the visits before v, over one pair; a visit's own cost follows.
   std::vector<double> before(plan.num_visits + 1, 0.0);
   for (int v = 0; v < plan.num_visits; ++v)
-    before[v + 1] = before[v] + visit_cost(plan, plan.visits[v]);
-  const double a_head = before[plan.num_visits], total = a_head * heads.kv_heads;
-  const int pairs = heads.kv_heads * plan.num_groups;
+    before[v + 1] = before[v] + visit_cost(plan, plan.visits[v]) * args.heads_at_once;
+  const double a_block = before[plan.num_visits], total = a_block * head_blocks;
+  const int pairs = head_blocks * plan.num_groups;
 
   const double worth = total * heads.head_dim / 64 / WORTH_A_RANGE;
   const int wanted = threads == 1 ? 1 : int(std::min(threads * RANGES_A_THREAD + 0.0, worth + 1));
   std::vector<Cursor> cuts{{0, 0}};
   for (int t = 1; t < wanted; ++t) {
     const double goal = total * t / wanted;
-    const int head = std::min(int(goal / a_head), heads.kv_heads - 1);
-    const double within = goal - head * a_head;
+    const int block = std::min(int(goal / a_block), head_blocks - 1);
+    const double within = goal - block * a_block;
     int v = int(std::upper_bound(before.begin(), before.end(), within) - before.begin()) - 1;
     v = std::clamp(v, 0, plan.num_visits - 1);
     const int group =
@@ -189,7 +193,7 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
                              [](int visit, const RowGroup& g) { return visit < g.visit_end; }) -
             plan.groups);
     const RowGroup& g = plan.groups[group];
-    Cursor cut{head * plan.num_groups + group, v - g.visit_begin};
+    Cursor cut{block * plan.num_groups + group, v - g.visit_begin};
     const double slack = 0.1 * total / wanted;
     if (within - before[g.visit_begin] < slack)
       cut.visit = 0;
@@ -213,7 +217,7 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
     const RowGroup& g = plan.groups[split.pair % plan.num_groups];
     const int64_t blocks = 1 + g.visit_end - g.visit_begin - split.first_stored;
     s.partials_at.push_back(s.partial_floats);
-    s.partial_floats += blocks * (g.row_end - g.row_begin) * row_floats;
+    s.partial_floats += blocks * args.heads_at_once * (g.row_end - g.row_begin) * row_floats;
     for (WorkRange& range : s.ranges) {
       const bool head = range.begin.pair == split.pair && range.begin.visit > 0;
       const bool tail = range.end.pair == split.pair && range.end.visit > 0;
@@ -223,6 +227,16 @@ Schedule make_schedule(const PlanView& plan, const Heads& heads, int threads) {
     }
   }
   return s;
+}
+
+// Heads that lie side by side in plain tensors are read together.
+int32_t heads_at_once(const AttendArgs& args) {
+  if (args.keys_values.layout == Layout::Pages) return 1;
+  for (int32_t s = 0; s < args.plan->num_segments; ++s) {
+    const SegmentRows& rows = args.keys_values.rows[s];
+    if (rows.key_head_stride > rows.key_token_stride) return 1;
+  }
+  return std::min(args.heads.kv_heads, MOST_HEADS_AT_ONCE);
 }
 
 void clear_padding(const AttendArgs& args, int32_t padded_queries) {
@@ -244,13 +258,15 @@ void clear_padding(const AttendArgs& args, int32_t padded_queries) {
 
 // ---- operations ---------------------------------------------------------------------------
 
-void attend(const AttendArgs& args, int32_t padded_queries, int threads, Workspace& workspace) {
+void attend(AttendArgs args, int32_t padded_queries, int threads, Workspace& workspace) {
   const Kernels& k = kernels();
   clear_padding(args, padded_queries);
   if (args.plan->num_groups == 0) return;
-  Schedule schedule = make_schedule(*args.plan, args.heads, threads);
+  args.heads_at_once = heads_at_once(args);
+  Schedule schedule = make_schedule(args, threads);
   const int ranges = int(schedule.ranges.size());
-  const int64_t scratch_bytes = (k.scratch_bytes + 63) / 64 * 64;
+  const int64_t scratch_bytes =
+      (k.scratch_bytes + (args.heads_at_once - 1) * k.head_scratch_bytes + 63) / 64 * 64;
   char* scratch = workspace.scratch(std::min(threads, ranges), scratch_bytes);
   float* partials = workspace.partials(schedule.partial_floats);
   for (size_t i = 0; i < schedule.splits.size(); ++i)

@@ -33,9 +33,9 @@ class Workspace {
   int64_t scratch_size_ = 0, partials_size_ = 0;
 };
 
-// `padded_queries`: Q of a padded query [W, Q, H, D], whose tokens past query_lengths are set to
-// out = 0, lse = -inf; 0 for packed ones.
-void attend(const AttendArgs& args, int32_t padded_queries, int threads, Workspace& workspace);
+// `args.heads_at_once` is chosen here. `padded_queries`: Q of a padded query [W, Q, H, D], whose
+// tokens past query_lengths are set to out = 0, lse = -inf; 0 for packed ones.
+void attend(AttendArgs args, int32_t padded_queries, int threads, Workspace& workspace);
 void append(const AppendArgs& args, int threads);
 void commit(const CommitArgs& args, int threads);
 void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* source_pages,

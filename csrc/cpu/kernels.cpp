@@ -75,6 +75,7 @@ namespace hogwild::cpu {
 extern const Kernels HOGWILD_CONCAT(kernels_, HOGWILD_ISA) = {
     HOGWILD_STRING(HOGWILD_ISA),
     sizeof(Scratch),
+    sizeof(HeadState),
     fill_angles,
     attend_any,
     append_any,

@@ -23,10 +23,12 @@ struct AttendArgs {
   TokenTensor out;
   float* lse;                // or null; addressed like out, with the strides below
   int64_t lse_worker_stride, lse_token_stride;
+  int32_t heads_at_once = 1;  // KV heads of a pair
 };
 
-// A place in the list of all work: a pair (KV head, row group) and one of the group's visits.
-// Pairs are numbered head * num_groups + group.
+// A place in the list of all work: a pair (KV heads, row group) and one of the group's visits. A
+// pair has `heads_at_once` KV heads, the last ones maybe fewer; pairs are numbered
+// (first head / heads_at_once) * num_groups + group.
 struct Cursor {
   int32_t pair;
   int32_t visit;  // counted from the group's first
@@ -39,7 +41,8 @@ struct SplitPair {
   int32_t pair;
   int32_t first_stored;  // visits from here on are stored one by one
   int32_t remaining;     // ranges that have not finished, counted down atomically
-  float* partials;       // [1 + visits stored] blocks of group_rows * (padded_value_dim + 2)
+  float* partials;       // [1 + visits stored, heads_at_once] blocks of
+                         // group_rows * (padded_value_dim + 2)
 };
 
 struct WorkRange {
@@ -93,7 +96,9 @@ struct LinearArgs {
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
-  int64_t scratch_bytes;  // a thread's working memory, aligned to 64 bytes
+  // A thread's working memory, aligned to 64 bytes: with one KV head at once, and for each further
+  // one.
+  int64_t scratch_bytes, head_scratch_bytes;
   void (*fill_angles)(const int32_t* positions, int64_t n, const float* inv_freq, int32_t half,
                       float* angles);
   void (*attend)(const AttendArgs& args, const WorkRange& range, void* scratch);

@@ -196,38 +196,21 @@ HOGWILD_INLINE vfloat tanh(vfloat x) {
   return x < vfloat{} ? -magnitude : magnitude;
 }
 
-// ---- transposing 4 x 4 blocks of 32 bits --------------------------------------------------
-// A vector is seen as LANES / 4 quads; quad q holds four units of row 4 q (and of the three rows
-// after it in the three vectors that go with it).
+// ---- transposing --------------------------------------------------------------------------
 
+struct FourVectors {
+  vuint row[4];
+};
+
+// Each quarter (128 bits) of the four is a block of 4 x 4: rows become columns.
+HOGWILD_INLINE FourVectors transpose_quarters(vuint a, vuint b, vuint c, vuint d) {
 #if defined(__AVX512F__)
 #define HOGWILD_UNPACK(name, a, b) (vuint) _mm512_maskz_##name(ALL, (__m512i)a, (__m512i)b)
 #define HOGWILD_UNPACK64(name, a, b) (vuint) _mm512_maskz_##name(0xff, (__m512i)a, (__m512i)b)
-HOGWILD_INLINE vuint load_quads(const uint32_t* const* rows, int unit) {
-  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(rows[0] + unit)));
-  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(rows[4] + unit)), 1);
-  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(rows[8] + unit)), 2);
-  return (vuint)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(rows[12] + unit)), 3);
-}
 #elif defined(__AVX2__)
 #define HOGWILD_UNPACK(name, a, b) (vuint) _mm256_##name((__m256i)a, (__m256i)b)
 #define HOGWILD_UNPACK64(name, a, b) (vuint) _mm256_##name((__m256i)a, (__m256i)b)
-HOGWILD_INLINE vuint load_quads(const uint32_t* const* rows, int unit) {
-  const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(rows[0] + unit)));
-  return (vuint)_mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(rows[4] + unit)), 1);
-}
-#else
-HOGWILD_INLINE vuint load_quads(const uint32_t* const* rows, int unit) {
-  return load<vuint>(rows[0] + unit);
-}
 #endif
-
-struct FourVectors {
-  vuint unit[4];
-};
-
-// Units 0..3 of rows 4 q + (a, b, c, d) -> vectors of one unit of all rows.
-HOGWILD_INLINE FourVectors transpose_quads(vuint a, vuint b, vuint c, vuint d) {
 #if defined(HOGWILD_UNPACK)
   const vuint ab_low = HOGWILD_UNPACK(unpacklo_epi32, a, b);
   const vuint ab_high = HOGWILD_UNPACK(unpackhi_epi32, a, b);
@@ -241,6 +224,35 @@ HOGWILD_INLINE FourVectors transpose_quads(vuint a, vuint b, vuint c, vuint d) {
   return {{vuint{a[0], b[0], c[0], d[0]}, vuint{a[1], b[1], c[1], d[1]},
            vuint{a[2], b[2], c[2], d[2]}, vuint{a[3], b[3], c[3], d[3]}}};
 #endif
+}
+
+// rows[i][j] <-> rows[j][i].
+HOGWILD_INLINE void transpose(vuint (&rows)[LANES]) {
+  FourVectors some[LANES / 4];
+#pragma GCC unroll 4
+  for (int q = 0; q < LANES / 4; ++q)
+    some[q] = transpose_quarters(rows[4 * q], rows[4 * q + 1], rows[4 * q + 2], rows[4 * q + 3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // row 4 j + i is made of the quarters j
+#if defined(__AVX512F__)
+#define HOGWILD_QUARTERS(a, b, which) \
+  _mm512_maskz_shuffle_i32x4(ALL, (__m512i)(a), (__m512i)(b), which)
+    const __m512i low01 = HOGWILD_QUARTERS(some[0].row[i], some[1].row[i], 0x44);
+    const __m512i high01 = HOGWILD_QUARTERS(some[0].row[i], some[1].row[i], 0xee);
+    const __m512i low23 = HOGWILD_QUARTERS(some[2].row[i], some[3].row[i], 0x44);
+    const __m512i high23 = HOGWILD_QUARTERS(some[2].row[i], some[3].row[i], 0xee);
+    rows[i] = (vuint)HOGWILD_QUARTERS(low01, low23, 0x88);
+    rows[4 + i] = (vuint)HOGWILD_QUARTERS(low01, low23, 0xdd);
+    rows[8 + i] = (vuint)HOGWILD_QUARTERS(high01, high23, 0x88);
+    rows[12 + i] = (vuint)HOGWILD_QUARTERS(high01, high23, 0xdd);
+#elif defined(__AVX2__)
+    const __m256i first = (__m256i)some[0].row[i], second = (__m256i)some[1].row[i];
+    rows[i] = (vuint)_mm256_permute2x128_si256(first, second, 0x20);
+    rows[4 + i] = (vuint)_mm256_permute2x128_si256(first, second, 0x31);
+#else
+    rows[i] = some[0].row[i];
+#endif
+  }
 }
 
 // ---- storage types ------------------------------------------------------------------------
