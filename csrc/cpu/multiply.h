@@ -102,16 +102,16 @@ class Ahead {
 
 // ---- in vector registers ------------------------------------------------------------------
 
-// ROWS x BLOCKS of columns are accumulated at a time, sized for the register file. Few rows take
-// more blocks: an addition's latency needs about eight accumulators to hide behind.
+// ROWS x BLOCKS of columns are accumulated at a time, sized for the register file. An addition's
+// latency needs about eight accumulators to hide behind, and each load should serve several.
 #if HOGWILD_LANES == 16
-constexpr int MAX_ROWS = 12;                                   // of 32 registers
-constexpr int most_blocks(int rows) { return rows > 6 ? 2 : 4; }
+constexpr int MAX_ROWS = 6;  // of 32 registers
+constexpr int most_blocks(int) { return 4; }
 #elif HOGWILD_LANES == 8
-constexpr int MAX_ROWS = 6;                                    // of 16
+constexpr int MAX_ROWS = 6;  // of 16
 constexpr int most_blocks(int rows) { return rows > 2 ? 1 : 2; }
 #else
-constexpr int MAX_ROWS = 2;                                    // of 16, or NEON's 32
+constexpr int MAX_ROWS = 2;  // of 16, or NEON's 32
 constexpr int most_blocks(int) { return 1; }
 #endif
 
@@ -119,7 +119,7 @@ constexpr int most_blocks(int) { return 1; }
 template <int ROWS, int VECTORS, int FACTOR_STRIDE>
 HOGWILD_INLINE void add_products(vfloat (&acc)[ROWS][VECTORS], const uint32_t* factors,
                                  const vfloat (&element)[VECTORS]) {
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
     const vfloat factor = splat(bits_to_float(factors[r * FACTOR_STRIDE]));
 #pragma GCC unroll 4
@@ -137,7 +137,7 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Ti
                                                      float* c, bool add, Ahead& ahead) {
   constexpr int VECTORS = BLOCKS * BLOCK_VECTORS;
   vfloat acc[ROWS][VECTORS];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v)
@@ -149,7 +149,7 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Ti
       vuint pairs[VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) pairs[v] = load<vuint>(vector_of(at, tile.block, v));
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
         const vuint factor = splat(factors[r * FACTOR_STRIDE]);
 #pragma GCC unroll 4
@@ -175,7 +175,7 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Ti
     ++factors;
     at += tile.stride;
   } while (--words);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) store(c + r * C_STRIDE + v * LANES, acc[r][v]);
