@@ -115,6 +115,8 @@ constexpr int MAX_ROWS = 2;  // of 16, or NEON's 32
 constexpr int most_blocks(int) { return 1; }
 #endif
 
+constexpr int WORDS_A_STEP = 4;  // that a product asks for the next tile
+
 // acc[r] += factor r * element, for the elements of all vectors.
 template <int ROWS, int VECTORS, int FACTOR_STRIDE>
 HOGWILD_INLINE void add_products(vfloat (&acc)[ROWS][VECTORS], const uint32_t* factors,
@@ -143,38 +145,42 @@ __attribute__((noinline)) static void multiply_block(const uint32_t* factors, Ti
     for (int v = 0; v < VECTORS; ++v)
       acc[r][v] = add ? load<vfloat>(c + r * C_STRIDE + v * LANES) : vfloat{};
   const uint32_t* at = tile.words;
-  do {
+  while (words > 0) {
     ahead.step();
-    if constexpr (MULTIPLIES_PAIRS<T>) {
-      vuint pairs[VECTORS];
+    const uint32_t* const end = at + (words < WORDS_A_STEP ? words : WORDS_A_STEP) * tile.stride;
+    words -= WORDS_A_STEP;
+    do {
+      if constexpr (MULTIPLIES_PAIRS<T>) {
+        vuint pairs[VECTORS];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) pairs[v] = load<vuint>(vector_of(at, tile.block, v));
+        for (int v = 0; v < VECTORS; ++v) pairs[v] = load<vuint>(vector_of(at, tile.block, v));
 #pragma GCC unroll 6
-      for (int r = 0; r < ROWS; ++r) {
-        const vuint factor = splat(factors[r * FACTOR_STRIDE]);
+        for (int r = 0; r < ROWS; ++r) {
+          const vuint factor = splat(factors[r * FACTOR_STRIDE]);
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] = multiply_pairs(factor, pairs[v], acc[r][v]);
-      }
-    } else {
-      vfloat element[VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v)
-        element[v] = T::first(load<vuint>(vector_of(at, tile.block, v)));
-      add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
-      if constexpr (PER_WORD<T> == 2) {
-        ++factors;
-        // Loaded again, from the innermost cache: kept, the pairs would take the registers of
-        // accumulators.
-        asm("" : "+r"(at));
+          for (int v = 0; v < VECTORS; ++v) acc[r][v] = multiply_pairs(factor, pairs[v], acc[r][v]);
+        }
+      } else {
+        vfloat element[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v)
-          element[v] = T::second(load<vuint>(vector_of(at, tile.block, v)));
+          element[v] = T::first(load<vuint>(vector_of(at, tile.block, v)));
         add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
+        if constexpr (PER_WORD<T> == 2) {
+          ++factors;
+          // Loaded again, from the innermost cache: kept, the pairs would take the registers of
+          // accumulators.
+          asm("" : "+r"(at));
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v)
+            element[v] = T::second(load<vuint>(vector_of(at, tile.block, v)));
+          add_products<ROWS, VECTORS, FACTOR_STRIDE>(acc, factors, element);
+        }
       }
-    }
-    ++factors;
-    at += tile.stride;
-  } while (--words);
+      ++factors;
+      at += tile.stride;
+    } while (at != end);
+  }
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -464,7 +470,8 @@ struct Multiplier {
     if constexpr (IN_TILES<T>) return AmxTiles::steps(rows, words, columns);
 #endif
     const Pieces pieces(rows, columns / COLUMN_BLOCK);
-    return pieces.rows * pieces.columns * words * (remainders ? 2 : 1);
+    const int steps = (words + WORDS_A_STEP - 1) / WORDS_A_STEP;
+    return pieces.rows * pieces.columns * steps * (remainders ? 2 : 1);
   }
 };
 
