@@ -229,14 +229,21 @@ Schedule make_schedule(const AttendArgs& args, int threads) {
   return s;
 }
 
-// Heads that lie side by side in plain tensors are read together.
-int32_t heads_at_once(const AttendArgs& args) {
+// Heads that lie side by side in plain tensors are read together, as far as that leaves enough to
+// share out.
+int32_t heads_at_once(const AttendArgs& args, int threads) {
   if (args.keys_values.layout == Layout::Pages) return 1;
-  for (int32_t s = 0; s < args.plan->num_segments; ++s) {
+  const PlanView& plan = *args.plan;
+  const Heads& heads = args.heads;
+  for (int32_t s = 0; s < plan.num_segments; ++s) {
     const SegmentRows& rows = args.keys_values.rows[s];
-    if (rows.key_head_stride > rows.key_token_stride) return 1;
+    if (rows.key_head_stride > 2 * heads.head_dim || rows.value_head_stride > 2 * heads.value_dim)
+      return 1;
   }
-  return std::min(args.heads.kv_heads, MOST_HEADS_AT_ONCE);
+  int32_t count = std::min(heads.kv_heads, MOST_HEADS_AT_ONCE);
+  const int wanted = threads == 1 ? 1 : threads * RANGES_A_THREAD;
+  while (count > 1 && heads.kv_heads / count * plan.num_visits < wanted) count /= 2;
+  return count;
 }
 
 void clear_padding(const AttendArgs& args, int32_t padded_queries) {
@@ -262,7 +269,7 @@ void attend(AttendArgs args, int32_t padded_queries, int threads, Workspace& wor
   const Kernels& k = kernels();
   clear_padding(args, padded_queries);
   if (args.plan->num_groups == 0) return;
-  args.heads_at_once = heads_at_once(args);
+  args.heads_at_once = heads_at_once(args, threads);
   Schedule schedule = make_schedule(args, threads);
   const int ranges = int(schedule.ranges.size());
   const int64_t scratch_bytes =
