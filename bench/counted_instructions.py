@@ -257,7 +257,10 @@ def build() -> None:
     need("valgrind", "apt-get install valgrind")
     need("addr2line", "apt-get install binutils")
     cmake = need("cmake", "pip install cmake ninja")
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit("pybind11 was not found; it comes with: pip install pybind11") from None
 
     BUILD.mkdir(parents=True, exist_ok=True)
     options = [

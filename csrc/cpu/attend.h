@@ -114,6 +114,7 @@ static void softmax_row(Scratch& s, HeadState* h, int row, int vectors, int firs
     // other, rounding then cancels.
     sum = sum + store_factors<T>(x, v * LANES, weight);
   }
+  // Products in tiles take two vectors of weights at once.
   if (IN_TILES<T> && vectors % 2) store_factors<T>(x, vectors * LANES, vfloat{});
   store(h->lane_sums[row], sum);
 }
