@@ -137,6 +137,15 @@ HOGWILD_INLINE float sum_lanes(vfloat v) {
   return x[0];
 }
 
+// The polynomial with these coefficients, that of the highest power first.
+template <int N>
+HOGWILD_INLINE vfloat polynomial(vfloat x, const float (&coefficients)[N]) {
+  vfloat p = splat(coefficients[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < N; ++i) p = fma(p, x, splat(coefficients[i]));
+  return p;
+}
+
 // 2^x for x <= 128, relative error below 1e-7, or 4e-6 where it will be rounded to 8 bits anyway; 0
 // below -126; NaN stays NaN.
 template <bool ROUNDED = false>
@@ -146,20 +155,11 @@ HOGWILD_INLINE vfloat exp2(vfloat x) {
   constexpr int FLOOR = 1;
   const vfloat f = (vfloat)_mm512_maskz_reduce_ps(ALL, (__m512)x, FLOOR);
   vfloat p;
-  if constexpr (ROUNDED) {
-    p = splat(0.01342668571f);
-    p = fma(p, f, splat(0.05224247277f));
-    p = fma(p, f, splat(0.241280213f));
-    p = fma(p, f, splat(0.6930448413f));
-  } else {
-    p = splat(0.0002161291632f);
-    p = fma(p, f, splat(0.001246784581f));
-    p = fma(p, f, splat(0.009675451554f));
-    p = fma(p, f, splat(0.05548528209f));
-    p = fma(p, f, splat(0.2402293086f));
-    p = fma(p, f, splat(0.6931470633f));
-  }
-  p = fma(p, f, splat(1.f));
+  if constexpr (ROUNDED)
+    p = polynomial(f, {0.01342668571f, 0.05224247277f, 0.241280213f, 0.6930448413f, 1.f});
+  else
+    p = polynomial(f, {0.0002161291632f, 0.001246784581f, 0.009675451554f, 0.05548528209f,
+                       0.2402293086f, 0.6931470633f, 1.f});
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.f), _CMP_NLT_UQ);
   return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
 #else
@@ -167,13 +167,8 @@ HOGWILD_INLINE vfloat exp2(vfloat x) {
   const vfloat y = max(splat(-127.f), x);
   const vfloat t = y + magic;
   const vfloat f = y - (t - magic);  // in [-1/2, 1/2]
-  vfloat p = splat(0.0001546144746f);
-  p = fma(p, f, splat(0.001339086735f));
-  p = fma(p, f, splat(0.00961805667f));
-  p = fma(p, f, splat(0.05550357104f));
-  p = fma(p, f, splat(0.2402265092f));
-  p = fma(p, f, splat(0.693147188f));
-  p = fma(p, f, splat(1.f));
+  const vfloat p = polynomial(f, {0.0001546144746f, 0.001339086735f, 0.00961805667f, 0.05550357104f,
+                                  0.2402265092f, 0.693147188f, 1.f});
   const vfloat scaled = (vfloat)((vint)p + ((vint)t << 23));
   return x < splat(-126.f) ? vfloat{} : scaled;
 #endif
@@ -186,11 +181,8 @@ HOGWILD_INLINE vfloat tanh(vfloat x) {
   const vfloat e = exp2(a * splat(-2.8853900817779268f));
   const vfloat far = (splat(1.f) - e) / (splat(1.f) + e);
   const vfloat z = x * x;
-  vfloat p = splat(-0.0066157547f);
-  p = fma(p, z, splat(0.0213127445f));
-  p = fma(p, z, splat(-0.05391006651f));
-  p = fma(p, z, splat(0.1333311762f));
-  p = fma(p, z, splat(-0.3333333205f));
+  const vfloat p = polynomial(
+      z, {-0.0066157547f, 0.0213127445f, -0.05391006651f, 0.1333311762f, -0.3333333205f});
   const vfloat near = fma(p * z, a, a);
   const vfloat magnitude = a < splat(0.55f) ? near : far;
   return x < vfloat{} ? -magnitude : magnitude;
