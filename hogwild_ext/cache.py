@@ -58,6 +58,7 @@ class CacheStats:
     steps: int = 0  # that ended well
     appended_tokens: int = 0
     committed_tokens: int = 0
+    copied_bytes: int = 0  # keys and values: by commits, and where one of two forks grows
     attention_seconds: float = 0.0  # inside Step.attend, all layers; on a GPU launching only
 
 
@@ -149,7 +150,8 @@ class SegmentCache:
         max_position: number of positions that the model knows; a step whose view is longer is
             refused. None: no limit.
 
-    Public: `stats`, `segments`, `used_tokens`, `free_tokens`, and every argument by its name.
+    Public: `stats`, `segments`, `bytes_per_token`, `used_tokens`, `free_tokens`, and every
+    argument by its name.
 
     Raises TypeError and ValueError for a bad argument, by its name.
     """
@@ -247,6 +249,12 @@ class SegmentCache:
         return tuple(self._segments.values())
 
     @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        per_layer = self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+        return self.num_layers * per_layer
+
+    @property
     def used_tokens(self) -> int:
         """Tokens stored in all segments, those that forks share counted once.
 
@@ -319,6 +327,8 @@ class SegmentCache:
 
         self._all_or_nothing("commit", [source, target], change, asked=count)
         self.stats.committed_tokens += count
+        if start:
+            self.stats.copied_bytes += count * self.bytes_per_token
 
     def free(self, segment: Segment) -> None:
         """Give back the pages of `segment`, and its name. It has no tokens then, and no use.
@@ -398,7 +408,9 @@ class SegmentCache:
         """A table for `count` more tokens; where they would write into a shared page, its copy."""
         table, copy = self._pool.grow(segment._table, segment._length, count)
         if copy:
-            self._backend.copy_page(self._layers, *copy, segment._length % PAGE_SIZE)
+            rows = segment._length % PAGE_SIZE
+            self._backend.copy_page(self._layers, *copy, rows)
+            self.stats.copied_bytes += rows * self.bytes_per_token
         return table
 
     def _check_capacity(self) -> None:

@@ -8,7 +8,11 @@ Every token is encoded exactly once. In the step that brings the last token of a
 writer therefore stands twice: once to store that token at the end of the old paragraph, and once
 with the heading of its next one, whose last token gives the prediction. Everybody reads the old
 paragraph at the end of the history already in that step. The commit after it moves the keys to
-just these positions, so it changes nothing of what anyone reads.
+just these positions, so it changes nothing of what anyone reads. (In layouts that do not commit
+the heading simply follows that token.)
+
+When the time is up, or at a snapshot, a worker is made to *conclude*: on a copy of its paragraph,
+which shares the memory of the page, so the page never knows.
 """
 
 from __future__ import annotations
@@ -17,22 +21,27 @@ import copy
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import checks
 from .cache import OutOfPages, Segment, SegmentCache
 from .layouts import Layout, Page, layout_from
+from .pages import PAGE_SIZE
 from .patching import forward, patch
 from .prompts import Prompts, prompts_for
+from .text_decoder import TextDecoder
+from .trace import Piece, Recorder, token_count
 
 try:
     from transformers import GenerationConfig
-    from transformers.generation import logits_process as processors
+
+    from .answers import boxed_answer
+    from .sampling import Sampler, check_config, generator_of
 except ImportError as error:
     raise ImportError(
         "the engine needs transformers: pip install 'hogwild_ext[run]'", name="transformers"
@@ -43,7 +52,7 @@ NAMES = (
     "Ivan", "Judy", "Kevin", "Laura", "Mallory", "Niaj", "Olivia", "Peggy",
 )  # fmt: skip
 
-EVENT_KINDS = ("start", "token", "commit", "end", "stop")
+EVENT_KINDS = ("start", "question", "token", "commit", "end", "conclusion", "stop")
 STOP_REASONS = ("answer", "end", "max_steps", "context", "interrupted")
 
 
@@ -53,10 +62,13 @@ class Event:
 
     Attributes:
         kind: "start": a paragraph begins, `text` is its heading.
+            "question": behind its heading stands `Prompts.question`; `text` is that.
             "token": one generated token. `text` is what it adds, and empty while a character of
             several bytes is incomplete.
             "commit": a finished paragraph joined the history; `text` is all of it, without heading.
             "end": the worker has ended; `token` is its end-of-sequence token.
+            "conclusion": the worker was made to give an answer, at a snapshot or because the time
+            is up; `text` is the closing text and what the worker wrote behind it.
             "stop": the run is over; `text` says why (one of `STOP_REASONS`), `worker` is None
             unless it gave the final answer. The last event of every run.
         step: the forward pass, counting from 1.
@@ -94,8 +106,10 @@ class Stats:
     sampling_seconds: float = 0.0
     generated_tokens: int = 0  # by all workers, ends of sequence not counted
     prompt_tokens: int = 0
-    encoded_tokens: int = 0  # prompt, headings and generated ones, each once
+    encoded_tokens: int = 0  # prompt, headings, questions and generated ones, each once
     committed_tokens: int = 0
+    copied_bytes: int = 0  # keys and values, by commits; and a page at most for each conclusion
+    concluding_tokens: int = 0  # encoded on copies, for conclusions: not among the encoded ones
 
     @property
     def engine_seconds(self) -> float:
@@ -109,6 +123,19 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """What the answer would have been after `steps` steps, None if there was none.
+
+    `worker` gave it; `text` is what it was made to conclude, empty where the run had ended before.
+    """
+
+    steps: int
+    answer: str | None
+    worker: str | None
+    text: str
+
+
+@dataclass(frozen=True)
 class Result:
     """A run, finished or not.
 
@@ -116,9 +143,10 @@ class Result:
         answer: the final answer, None if no worker gave one.
         text: the page: the history, then the paragraphs that were left unfinished, with headings.
         workers: in order; each has .name, .text and .tokens.
-        steps: forward passes.
+        steps: forward passes, without those of conclusions.
         stopped_by: one of `STOP_REASONS`, None for a run that is still going on.
         seed: repeats the run, with the same team, problem, machine and number of threads.
+        snapshots: one for each budget that was asked for and reached, or that the run did not need.
     """
 
     answer: str | None
@@ -128,6 +156,7 @@ class Result:
     stats: Stats
     stopped_by: str | None
     seed: int
+    snapshots: list[Snapshot]
 
 
 # ---- the team ------------------------------------------------------------------------------------
@@ -153,8 +182,14 @@ class Hogwild:
         logits_processors: more processors of transformers, each called with the worker's own
             tokens [1, n] and its logits [1, vocab].
         prompts: the words said to the model. None: those that suit its size.
+        question_every: a worker that has written this many tokens since it was last asked finds
+            `prompts.question` in front of its next paragraph: whether it does what another does
+            already. None: never. A lone worker is not asked.
         final_answer: called with a worker's paragraph so far whenever it grows; what it returns,
             unless None, is the final answer and ends the run. By default `boxed_answer`.
+        answer_tokens: how long a worker may write behind `prompts.closing` when the steps or the
+            context run out, or all have ended, without an answer; it does so greedily. Room for
+            it is kept free. 0, or prompts without a closing text: the run ends without.
         paragraph_ends: called with a worker's paragraph so far; whether it is finished. By
             default `prompts.ends_paragraph`.
         linear: "packed" for packed linear layers; the model stays patched so. See `patch`.
@@ -174,7 +209,9 @@ class Hogwild:
         generation_config: GenerationConfig | None = None,
         logits_processors: Sequence[Callable[..., torch.Tensor]] = (),
         prompts: Prompts | None = None,
+        question_every: int | None = 1024,
         final_answer: Callable[[str], str | None] | None = None,
+        answer_tokens: int = 64,
         paragraph_ends: Callable[[str], bool] | None = None,
         linear: str | None = None,
     ) -> None:
@@ -197,16 +234,30 @@ class Hogwild:
         self.seed = None if seed is None else checks.is_integer("seed", seed, 0, 2**63 - 1)
         if generation_config is None:
             generation_config = getattr(model, "generation_config", None) or GenerationConfig()
+        check_config(generation_config)
         if prompts is None:
             prompts = prompts_for(sum(weight.numel() for weight in model.parameters()))
         elif not isinstance(prompts, Prompts):
             raise TypeError(f"prompts: expected Prompts, got {checks.describe(prompts)}")
         self.prompts = prompts
-        never = (self.encode(text) for text in prompts.forbidden(self.names))
-        self.sampler = Sampler(
-            generation_config, logits_processors, [tokens for tokens in never if tokens]
-        )
+        if question_every is not None:
+            question_every = checks.is_integer("question_every", question_every, 1)
+        self.question_every = question_every if prompts.question and len(self.names) > 1 else None
+        self.answer_tokens = checks.is_integer("answer_tokens", answer_tokens, 0)
+        self.closing = self.encode(prompts.closing) if self.answer_tokens else []
         self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
+        never = [tokens for text in prompts.forbidden(self.names) if (tokens := self.encode(text))]
+        never += [
+            [token]
+            for token in getattr(tokenizer, "all_special_ids", ())
+            if token not in self.ends_of_sequence
+        ]
+        self.sampler = Sampler(generation_config, logits_processors, never)
+        plain = GenerationConfig(
+            bad_words_ids=generation_config.bad_words_ids,
+            suppress_tokens=generation_config.suppress_tokens,
+        )
+        self.greedy = Sampler(plain, logits_processors, never)  # for conclusions
         self.final_answer = _callable("final_answer", final_answer, boxed_answer)
         self.paragraph_ends = _callable("paragraph_ends", paragraph_ends, prompts.ends_paragraph)
         if linear is not None:
@@ -217,13 +268,27 @@ class Hogwild:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return tokens
 
-    def run(self, problem: str, max_steps: int = 2048) -> Result:
+    def run(
+        self,
+        problem: str,
+        max_steps: int = 2048,
+        *,
+        snapshots: Sequence[int] = (),
+        trace: str | Path | None = None,
+    ) -> Result:
         """Works on the problem until a final answer, the end of all workers, `max_steps` forward
         passes or the end of the context. Ctrl-C ends it too: `stopped_by` is then "interrupted".
 
-        Raises TypeError and ValueError for a bad argument, and for a problem too long to begin.
+        Args:
+            snapshots: after each of these numbers of steps the team is asked for the answer that
+                it would give if the time were up, and goes on as if it had not been asked. So one
+                run tells what it would have been with smaller budgets. Needs `prompts.closing`.
+            trace: a file for everything that happens; see `hogwild_ext.trace`.
+
+        Raises TypeError and ValueError for a bad argument, and for a problem too long to begin,
+        OSError for a trace that cannot be written.
         """
-        with self.stream(problem, max_steps) as events:
+        with self.stream(problem, max_steps, snapshots=snapshots, trace=trace) as events:
             try:
                 for _ in events:
                     pass
@@ -231,7 +296,14 @@ class Hogwild:
                 events.stop()
             return events.result()
 
-    def stream(self, problem: str, max_steps: int = 2048) -> Run:
+    def stream(
+        self,
+        problem: str,
+        max_steps: int = 2048,
+        *,
+        snapshots: Sequence[int] = (),
+        trace: str | Path | None = None,
+    ) -> Run:
         """The same as an iterator of events; nothing is computed before the first is asked for.
 
         Several streams may be open at once, each with its own page.
@@ -240,7 +312,17 @@ class Hogwild:
             raise TypeError(f"problem: expected a string, got {checks.describe(problem)}")
         if not problem.strip():
             raise ValueError("problem: expected some text, got none")
-        return Run(self, problem, checks.is_integer("max_steps", max_steps, 1))
+        max_steps = checks.is_integer("max_steps", max_steps, 1)
+        checks.is_sequence("snapshots", snapshots, "numbers of steps")
+        budgets = {checks.is_integer("snapshots", steps, 1, max_steps) for steps in snapshots}
+        if budgets and not self.closing:
+            raise ValueError(
+                "snapshots: expected prompts with a closing text and answer_tokens above 0, which "
+                "make the team answer"
+            )
+        if trace is not None and not isinstance(trace, (str, Path)):
+            raise TypeError(f"trace: expected a path, got {checks.describe(trace)}")
+        return Run(self, problem, max_steps, budgets, trace)
 
 
 def worker_names(workers: int | Sequence[str]) -> tuple[str, ...]:
@@ -277,222 +359,22 @@ def _ends_of_sequence(config: GenerationConfig, tokenizer: Any) -> frozenset[int
     return frozenset({*ends, getattr(tokenizer, "eos_token_id", None)} - {None})
 
 
-# ---- the final answer ----------------------------------------------------------------------------
-
-
-def boxed_answer(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{...}` of the text, None without one.
-
-    Nothing, and mere dots, are not an answer: models quote the instruction to write one.
-    """
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        content = _within_braces(text, start + len("\\boxed{"))
-        if content is not None and content.strip(" .\u2026"):
-            return content.strip()
-        end = start
-    return None
-
-
-def _within_braces(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it, None if none does."""
-    depth = 1
-    for i in range(start, len(text)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:i]
-    return None
-
-
-# ---- choosing a token ----------------------------------------------------------------------------
-
-# Settings that mean another way of decoding -> the values that mean it is off.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
-    "guidance_scale": (None, 1, 1.0),
-    "penalty_alpha": (None, 0, 0.0),
-    "dola_layers": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "watermarking_config": (None,),
-}
-
-
-class Sampler:
-    """Chooses the next token of one worker: transformers' processors, then a draw.
-
-    `more`: processors after those that `config` asks for. `never`: runs of tokens that are never
-    completed.
-
-    Raises TypeError for what is not a GenerationConfig, ValueError for a setting that is not
-    followed or out of its range.
-    """
-
-    def __init__(
-        self,
-        config: GenerationConfig,
-        more: Sequence[Callable[..., torch.Tensor]] = (),
-        never: Sequence[list[int]] = (),
-    ) -> None:
-        if not isinstance(config, GenerationConfig):
-            raise TypeError(
-                f"generation_config: expected a GenerationConfig, got {checks.describe(config)}"
-            )
-        for name, off in _REFUSED.items():
-            if (value := getattr(config, name, None)) not in off:
-                raise ValueError(
-                    f"generation_config: expected {name} not to be set, got {name}={value}"
-                )
-        try:
-            self._build(config, never)
-        except ValueError as error:  # of a processor of transformers
-            raise ValueError(f"generation_config: {error}") from None
-        checks.is_sequence("logits_processors", more, "logits processors")
-        for i, process in enumerate(more):
-            if not callable(process):
-                raise TypeError(
-                    f"logits_processors[{i}]: expected a logits processor, got "
-                    f"{checks.describe(process)}"
-                )
-        self._processors += list(more)
-
-    def _build(self, config: GenerationConfig, never: Sequence[list[int]]) -> None:
-        # Those that look at tokens, over the whole vocabulary.
-        self._processors: list[Callable[..., torch.Tensor]] = []
-        if config.repetition_penalty not in (None, 1.0):
-            self._processors.append(
-                processors.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
-            )
-        if config.no_repeat_ngram_size:
-            self._processors.append(
-                processors.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
-            )
-        if bad_words := [*(config.bad_words_ids or ()), *never]:
-            self._processors.append(processors.NoBadWordsLogitsProcessor(bad_words))
-        if config.suppress_tokens:
-            self._processors.append(
-                processors.SuppressTokensLogitsProcessor(config.suppress_tokens)
-            )
-
-        # Those that look at scores only, over the top_k best tokens. In the order of `generate`,
-        # but for the temperature, which does not change who is best, after the choice of them.
-        self._warpers: list[Callable[..., torch.Tensor]] = []
-        self._top_k = 0
-        self.greedy = not config.do_sample or config.temperature == 0
-        if self.greedy:
-            return
-        self._top_k = 50 if config.top_k is None else checks.is_integer("top_k", config.top_k, 0)
-        if config.temperature not in (None, 1.0):
-            self._warpers.append(processors.TemperatureLogitsWarper(float(config.temperature)))
-        if config.top_p not in (None, 1.0):
-            self._warpers.append(processors.TopPLogitsWarper(float(config.top_p)))
-        if config.min_p is not None:
-            self._warpers.append(processors.MinPLogitsWarper(float(config.min_p)))
-        if config.typical_p not in (None, 1.0):
-            self._warpers.append(processors.TypicalLogitsWarper(float(config.typical_p)))
-
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        written: list[int],
-        generator: torch.Generator,
-        forbidden: Sequence[int] = (),
-    ) -> int:
-        """Chooses a token.
-
-        Args:
-            logits: [vocab] of one worker.
-            written: its own tokens so far.
-            generator: its random numbers, on the CPU.
-            forbidden: tokens that must not be chosen.
-        """
-        scores = logits.float().unsqueeze(0)  # [1, vocab]
-        if forbidden:
-            where = torch.tensor(forbidden, device=scores.device)
-            scores = scores.index_fill(1, where, float("-inf"))
-        if self._processors:
-            tokens = torch.tensor([written], dtype=torch.int64, device=scores.device)
-            for process in self._processors:
-                scores = process(tokens, scores)
-        if self.greedy:
-            return int(scores.argmax())
-        best: torch.Tensor | None = None
-        if 0 < self._top_k < scores.shape[-1]:
-            scores, best = scores.topk(self._top_k)
-        scores = scores.cpu()  # the generator is there, so that a seed means the same everywhere
-        for warp in self._warpers:
-            scores = warp(None, scores)
-        drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
-        return int(drawn if best is None else best[0, int(drawn)])
-
-
-def _generator(seed: int, worker: int) -> torch.Generator:
-    """A worker's random numbers: a function of the seed and of its place in the team."""
-    state = np.random.SeedSequence([seed, worker]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
-
-
-# ---- text ----------------------------------------------------------------------------------------
-
-
-class TextDecoder:
-    """Tokens to text, one at a time: what was returned is never taken back.
-
-    `before` are tokens that stand in front. Some tokenizers decode a token differently where it
-    is the first.
-    """
-
-    # A character has at most 4 bytes, a token at least one. Past that, it is not incomplete but
-    # wrong, and is shown as it is.
-    _MOST_PENDING = 3
-
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = list(before)[-8:]
-        self._start = 0  # from here on tokens are decoded together
-        self._shown = len(self._tokens)
-
-    def add(self, token: int) -> str:
-        """The text that the token adds; empty while it ends within a character."""
-        self._tokens.append(token)
-        return self._advance(self._MOST_PENDING)
-
-    def flush(self) -> str:
-        """The text of what is left, an incomplete character as U+FFFD."""
-        return self._advance(0)
-
-    def _advance(self, most_pending: int) -> str:
-        before = self._decode(self._tokens[self._start : self._shown])
-        text = self._decode(self._tokens[self._start :])
-        pending = len(self._tokens) - self._shown
-        if pending == 0 or (text.endswith("\ufffd") and pending <= most_pending):
-            return ""
-        self._start, self._shown = self._shown, len(self._tokens)
-        return text[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        return text
-
-
 # ---- a run ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Paragraph:
     number: int  # of the worker's, from 1
+    start: int  # in its segment: where its heading begins
     heading: str
+    question: str = ""
     text: str = ""
 
     def on_page(self) -> str:
         """As a reader of the whole page sees it."""
+        above = self.heading + self.question
         gap = "" if not self.text or self.text[0].isspace() else " "
-        return (self.heading + gap + self.text).strip()
+        return (above + gap + self.text).strip()
 
 
 @dataclass
@@ -505,21 +387,27 @@ class _Worker:
     spare: Segment  # empty: the next paragraph goes there
     decoder: TextDecoder
     paragraphs: list[_Paragraph] = field(default_factory=list)  # the last one is being written
-    pending: list[int] = field(default_factory=list)  # tokens that the next step encodes
-    opens: bool = True  # they are the heading of a paragraph
+    pending: list[Piece] = field(default_factory=list)  # what the next step encodes
+    opens: bool = True  # they end with the heading of a paragraph
     closes: bool = False  # they are the end of one
     tokens: list[int] = field(default_factory=list)  # generated
+    asked_at: int = 0  # how many there were when it was last asked whether its work is redundant
     committed: int = 0  # paragraphs
     ended: bool = False
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One view in a step and what is written to its end; `worker` gets the prediction, if any."""
+    """One view in a step and what its writer, if it has one, writes to its end."""
 
     view: list[Segment]
-    tokens: list[int]
-    worker: _Worker | None = None
+    pieces: list[Piece]
+    writer: _Worker | None = None
+    speaks: bool = False  # the writer draws a token from it
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for tokens, _ in self.pieces for token in tokens]
 
 
 class Run:
@@ -529,10 +417,19 @@ class Run:
     back at the end of the run, by `close()`, and on leaving `with`.
     """
 
-    def __init__(self, team: Hogwild, problem: str, max_steps: int) -> None:
+    def __init__(
+        self,
+        team: Hogwild,
+        problem: str,
+        max_steps: int,
+        budgets: set[int],
+        trace: str | Path | None,
+    ) -> None:
         self.seed = secrets.randbits(32) if team.seed is None else team.seed
         self._team = team
         self._max_steps = max_steps
+        self._budgets = budgets
+        self._snapshots: list[Snapshot] = []
         self._steps = 0
         self._stats = Stats()
         self._history: list[str] = []
@@ -540,8 +437,10 @@ class Run:
         self._answered_by: str | None = None
         self._stopped_by: str | None = None
         self._stop_wanted = False
+        self._is_full = False  # in the middle of a step
+        self._resumed = 0.0  # when the engine's turn began: the caller has it between two events
 
-        self._opening_text = team.prompts.opening(team.tokenizer, team.names, problem)
+        self._opening_text = team.prompts.opening(team.tokenizer, team.names, problem, team.layout)
         self._cache = SegmentCache.for_model(team.model, max_tokens=team.max_tokens)
         segment, names = self._cache.segment, team.names
         self._page = Page(
@@ -557,7 +456,7 @@ class Run:
             _Worker(
                 index=index,
                 name=name,
-                generator=_generator(self.seed, index),
+                generator=generator_of(self.seed, index),
                 spare=segment(f"{name}: live, two"),
                 decoder=TextDecoder(team.tokenizer),
             )
@@ -565,7 +464,27 @@ class Run:
         ]
         first = [self._team.encode(text) for text in team.prompts.forbidden_first(names)]
         self._not_first = sorted({tokens[0] for tokens in first if tokens})
+        self._recorder = None if trace is None else self._open_trace(trace, problem)
         self._events = self._play()
+
+    def _open_trace(self, path: str | Path, problem: str) -> Recorder:
+        from . import __version__
+
+        team = self._team
+        return Recorder(
+            path,
+            self._cache.segments,
+            {
+                "hogwild_ext": __version__,
+                "model": getattr(team.model.config, "name_or_path", "") or None,
+                "problem": problem,
+                "layout": team.layout.name,
+                "workers": list(team.names),
+                "seed": self.seed,
+                "max_steps": self._max_steps,
+                "bytes_per_token": self._cache.bytes_per_token,
+            },
+        )
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -614,47 +533,93 @@ class Run:
             stats=copy.copy(self._stats),
             stopped_by=self._stopped_by,
             seed=self.seed,
+            snapshots=[*self._snapshots, *self._later_snapshots()],
         )
+
+    def _later_snapshots(self) -> list[Snapshot]:
+        """With a larger budget than it needed, a run that ended by itself gives the same answer."""
+        if self._stopped_by is None or self._stopped_by == "interrupted":
+            return []
+        taken = {snapshot.steps for snapshot in self._snapshots}
+        return [
+            Snapshot(steps, self._answer, self._answered_by, "")
+            for steps in sorted(self._budgets - taken)
+        ]
 
     # ---- the loop ---------------------------------------------------------------------------
 
     def _play(self) -> Generator[Event, None, None]:
         stats, clock = self._stats, time.perf_counter
         try:
-            started = clock()
+            self._resumed = clock()
             rows = self._opening_rows()
             while self._stopped_by is None:
                 events = self._step(rows)
+                if self._stopped_by is None and self._steps in self._budgets:
+                    events.append(self._take_snapshot())
+                if self._stopped_by is None:
+                    self._stopped_by = self._limit()
                 if self._stopped_by is None:
                     rows = self._next_rows()
-                    self._stopped_by = self._obstacle(rows)
+                    if not self._fits(rows):
+                        self._stopped_by = "context"
                 if self._stopped_by is not None:
-                    events.append(
-                        Event("stop", self._steps, self._answered_by, text=self._stopped_by)
-                    )
-                stats.seconds += clock() - started
+                    events += self._ending()
+                stats.seconds = self._now()
                 if self._steps == 1:
                     stats.first_token_seconds = stats.seconds
                 yield from events
-                started = clock()
+                self._resumed = clock()
         except KeyboardInterrupt:
             self._stopped_by = "interrupted"
+            self._record("stop", worker=None, reason=self._stopped_by, answer=None)
             raise
         finally:
             self._release()
 
+    def _now(self) -> float:
+        """Seconds of the run, without those of the caller."""
+        return self._stats.seconds + time.perf_counter() - self._resumed
+
     def _release(self) -> None:
         """Lets go of keys and values."""
+        if self._recorder is not None:
+            self._recorder.close()
         for name in ("_cache", "_page"):
             self.__dict__.pop(name, None)
         for worker in self._workers:
             worker.__dict__.pop("spare", None)
+
+    def _limit(self) -> str | None:
+        """Why there must be no next step."""
+        if self._stop_wanted:
+            return "interrupted"
+        return "max_steps" if self._steps >= self._max_steps else None
+
+    def _ending(self) -> list[Event]:
+        """The last events: a conclusion if nobody has given an answer yet, and the stop."""
+        team, events = self._team, []
+        can_answer = self._stopped_by != "interrupted" and not self._is_full
+        if self._answer is None and can_answer and team.closing:
+            taken = [shot for shot in self._snapshots if shot.steps == self._steps]
+            last = taken[0] if taken else self._conclude()
+            if not taken:
+                events.append(Event("conclusion", self._steps, last.worker, text=last.text))
+            if last.answer is not None:
+                self._answer, self._answered_by = last.answer, last.worker
+        assert self._stopped_by is not None
+        events.append(Event("stop", self._steps, self._answered_by, text=self._stopped_by))
+        self._record("stop", worker=self._answered_by, reason=self._stopped_by, answer=self._answer)
+        return events
 
     # ---- what a step brings -----------------------------------------------------------------
 
     def _opening_rows(self) -> list[_Row]:
         """The fixed texts, and the headings of everybody's first paragraph: all in one step."""
         team, page, prompts = self._team, self._page, self._team.prompts
+        for worker in self._workers:
+            self._open_paragraph(worker)
+        speaking = [self._speaking_row(worker) for worker in self._workers]
         texts = {
             page.prompt: self._opening_text,
             page.others_heading: prompts.others_heading,
@@ -662,16 +627,15 @@ class Run:
             **dict.fromkeys(page.unfinished, prompts.unfinished),
         }
         rows = []
-        for view in team.layout.opening(page):
-            if tokens := self._team.encode(texts[view[-1]]):
-                rows.append(_Row(view, tokens))
-        for worker in self._workers:
-            self._open_paragraph(worker)
-            rows.append(_Row(team.layout.view(page, worker.index), worker.pending, worker))
+        for view in (row.view for row in speaking):
+            for i, segment in enumerate(view):
+                if (text := texts.pop(segment, None)) and (tokens := team.encode(text)):
+                    rows.append(_Row(view[: i + 1], [(tokens, text)]))
+        rows += speaking
 
-        self._stats.prompt_tokens = sum(len(row.tokens) for row in rows)
+        self._stats.prompt_tokens = sum(token_count(row.pieces) for row in rows)
         # Every view shows nearly everything, so the limits are the same but for a few headings.
-        needed = max(self._longest_view(rows), self._stats.prompt_tokens)
+        needed = max(self._longest_view(rows), self._stats.prompt_tokens) + self._reserve
         if needed >= min(team.max_position, team.max_tokens):
             raise ValueError(
                 f"problem: expected one that leaves room for an answer, got {needed} tokens with "
@@ -686,87 +650,132 @@ class Run:
         for worker in self._workers:
             if worker.ended and not worker.closes and worker.index in page.writing:
                 page.writing.remove(worker.index)
-                if layout.commits:
-                    page.live[worker.index].truncate(0)  # a heading without a text
+                self._drop_paragraph(worker)
         closing = [worker for worker in self._workers if worker.closes]
-        rows = [_Row(layout.view(page, worker.index), worker.pending) for worker in closing]
+        rows = [self._row(worker) for worker in closing if layout.commits or worker.ended]
         for worker in closing:
-            live = page.live[worker.index]
-            page.finishing.append(live)
-            page.live[worker.index], worker.spare = worker.spare, live
+            if layout.commits:
+                live = page.live[worker.index]
+                page.finishing.append(live)
+                page.live[worker.index], worker.spare = worker.spare, live
             if worker.ended:
                 page.writing.remove(worker.index)
             else:
                 self._open_paragraph(worker)
-        for worker in self._workers:
-            if not worker.ended:
-                rows.append(_Row(layout.view(page, worker.index), worker.pending, worker))
+            worker.closes = layout.commits  # until the commit
+        rows += [self._speaking_row(worker) for worker in self._workers if not worker.ended]
         return rows
 
+    def _row(self, worker: _Worker) -> _Row:
+        view = self._team.layout.view(self._page, worker.index)
+        return _Row(view, worker.pending, worker)
+
+    def _speaking_row(self, worker: _Worker) -> _Row:
+        return replace(self._row(worker), speaks=True)
+
     def _open_paragraph(self, worker: _Worker) -> None:
+        """Begins a paragraph in the worker's live segment, behind what is pending there."""
+        team, prompts = self._team, self._team.prompts
         number = len(worker.paragraphs) + 1
-        heading = self._team.prompts.paragraph_heading(worker.name, number)
-        worker.paragraphs.append(_Paragraph(number, heading))
-        worker.pending = self._team.encode(heading)
-        worker.decoder = TextDecoder(self._team.tokenizer, worker.pending)
+        paragraph = _Paragraph(number, 0, prompts.paragraph_heading(worker.name, number))
+        every = team.question_every
+        if every is not None and len(worker.tokens) - worker.asked_at >= every:
+            worker.asked_at = len(worker.tokens)
+            paragraph.question = prompts.paragraph_question(worker.name, number)
+        worker.paragraphs.append(paragraph)
+
+        above = paragraph.heading + paragraph.question
+        tokens = team.encode(above)
+        if team.layout.commits or number == 1:
+            worker.pending = []
+        paragraph.start = len(self._page.live[worker.index]) + token_count(worker.pending)
+        worker.pending = [*worker.pending, (tokens, above)]
+        worker.decoder = TextDecoder(team.tokenizer, tokens)
         worker.opens = True
 
-    def _obstacle(self, rows: list[_Row]) -> str | None:
-        """Why the next step cannot or must not be done."""
-        if self._stop_wanted:
-            return "interrupted"
-        if self._steps >= self._max_steps:
-            return "max_steps"
-        if self._longest_view(rows) > self._team.max_position:
-            return "context"
-        return None
+    def _drop_paragraph(self, worker: _Worker) -> None:
+        """A heading under which nothing was written goes away."""
+        live, start = self._page.live[worker.index], worker.paragraphs[-1].start
+        live.truncate(start)
+        if self._recorder is not None:
+            self._record("truncate", segment=self._recorder.number(live), length=start)
+
+    @property
+    def _reserve(self) -> int:
+        """Tokens that must be left for a conclusion."""
+        closing = self._team.closing
+        return len(closing) + self._team.answer_tokens if closing else 0
+
+    def _fits(self, rows: list[_Row]) -> bool:
+        """Whether the model has the positions, and the page the room, for this step.
+
+        Without a conclusion to come, the page may be filled to its last token.
+        """
+        if self._longest_view(rows) + self._reserve > self._team.max_position:
+            return False
+        # The copy that a conclusion writes to shares all but a part of a page.
+        needed = sum(token_count(row.pieces) for row in rows) + self._reserve + PAGE_SIZE
+        return not self._reserve or needed <= self._cache.free_tokens
 
     @staticmethod
     def _longest_view(rows: list[_Row]) -> int:
         """Tokens in the longest view after the step."""
-        new = {row.view[-1]: len(row.tokens) for row in rows}
+        new = {row.view[-1]: token_count(row.pieces) for row in rows}
         return max(sum(len(part) + new.get(part, 0) for part in row.view) for row in rows)
 
     # ---- a step -----------------------------------------------------------------------------
 
     def _step(self, rows: list[_Row]) -> list[Event]:
         """One forward pass; what it brings into the history; a token for every worker."""
-        team, stats, cache, clock = self._team, self._stats, self._cache, time.perf_counter
-        started = clock()
+        stats, recorder = self._stats, self._recorder
         try:
-            logits = forward(
-                team.model, cache, [row.view for row in rows], [row.tokens for row in rows]
-            )
-            if cache.device.type == "cuda":  # or the sampler would wait, and be charged with it
-                torch.cuda.current_stream(cache.device).synchronize()
-            forwarded = clock()
+            logits = self._forward([row.view for row in rows], [row.tokens for row in rows])
             self._steps += 1
-            events = self._commit()
+            seen = [recorder.seen(row.view) for row in rows] if recorder else []
+            moved = [(worker.spare, len(worker.spare)) for worker in self._workers if worker.closes]
+            commits = self._commit()
         except OutOfPages:
-            self._stopped_by = "context"
+            self._stopped_by, self._is_full = "context", True
             return []
-        stats.forward_seconds += forwarded - started
-        stats.attention_seconds = cache.stats.attention_seconds
-        stats.encoded_tokens = cache.stats.appended_tokens
-        stats.committed_tokens = cache.stats.committed_tokens
+        counted = self._cache.stats
+        stats.attention_seconds = counted.attention_seconds
+        stats.encoded_tokens = counted.appended_tokens - stats.concluding_tokens
+        stats.committed_tokens = counted.committed_tokens
+        stats.copied_bytes = counted.copied_bytes
 
-        started = clock()
+        started = time.perf_counter()
         drawn = [
-            (row.worker, self._choose(row.worker, scores))
+            (row.writer, self._choose(row.writer, scores))
             for row, scores in zip(rows, logits, strict=True)
-            if row.worker is not None
+            if row.speaks and row.writer is not None
         ]
-        stats.sampling_seconds += clock() - started
+        stats.sampling_seconds += time.perf_counter() - started
 
+        events = []
         for worker, _ in drawn:
             if worker.opens:
                 worker.opens = False
-                events.append(self._event("start", worker, text=worker.paragraphs[-1].heading))
+                paragraph = worker.paragraphs[-1]
+                events.append(self._event("start", worker, text=paragraph.heading))
+                if paragraph.question:
+                    events.append(self._event("question", worker, text=paragraph.question))
         for worker, token in drawn:
             events.append(self._take(worker, token))
+        if recorder is not None:
+            self._record_step(recorder, rows, seen, events, list(zip(commits, moved, strict=True)))
         if self._stopped_by is None and all(worker.ended for worker in self._workers):
             self._stopped_by = "end"
-        return events
+        return commits + events
+
+    def _forward(self, views: list[list[Segment]], tokens: list[list[int]]) -> torch.Tensor:
+        """The logits behind each view's last token: [len(views), vocab]."""
+        started, cache = time.perf_counter(), self._cache
+        logits = forward(self._team.model, cache, views, tokens)
+        assert isinstance(logits, torch.Tensor)
+        if cache.device.type == "cuda":  # or the sampler would wait, and be charged with it
+            torch.cuda.current_stream(cache.device).synchronize()
+        self._stats.forward_seconds += time.perf_counter() - started
+        return logits
 
     def _choose(self, worker: _Worker, logits: torch.Tensor) -> int:
         """A token for the worker; `logits` are its [vocab]."""
@@ -800,20 +809,129 @@ class Run:
             worker.ended = True
             text = worker.decoder.flush()
             paragraph.text += text
-            worker.closes = team.layout.commits and paragraph.text != ""
-            worker.pending = self._team.encode(team.prompts.paragraph_break)
-            return self._event("end", worker, token, text)
+            worker.closes = paragraph.text != ""
+            gap = team.prompts.paragraph_break
+            worker.pending = [(team.encode(gap), text + gap)]
+            return self._event("end", worker, text=text, token=token)
         worker.tokens.append(token)
-        worker.pending = [token]
         self._stats.generated_tokens += 1
         text = worker.decoder.add(token)
+        worker.pending = [([token], text)]
         if text:
             paragraph.text += text
-            worker.closes = team.layout.commits and team.paragraph_ends(paragraph.text)
+            worker.closes = team.paragraph_ends(paragraph.text)
             answer = team.final_answer(paragraph.text)
             if answer is not None and self._stopped_by is None:
                 self._answer, self._answered_by, self._stopped_by = answer, worker.name, "answer"
-        return self._event("token", worker, token, text)
+        return self._event("token", worker, text=text, token=token)
 
-    def _event(self, kind: str, worker: _Worker, token: int | None = None, text: str = "") -> Event:
+    def _event(
+        self, kind: str, worker: _Worker, *, text: str = "", token: int | None = None
+    ) -> Event:
         return Event(kind, self._steps, worker.name, worker.paragraphs[-1].number, token, text)
+
+    # ---- being asked for an answer ----------------------------------------------------------
+
+    def _take_snapshot(self) -> Event:
+        snapshot = self._conclude()
+        self._snapshots.append(snapshot)
+        return Event("conclusion", self._steps, snapshot.worker, text=snapshot.text)
+
+    def _conclude(self) -> Snapshot:
+        """Has a worker give its answer now, on a copy of its live segment.
+
+        It is the first one that has not ended, or else one that ended in this very step.
+        """
+        team, cache, stats = self._team, self._cache, self._stats
+        worker = next(
+            (worker for worker in self._workers if not worker.ended),
+            self._workers[self._page.writing[0]],
+        )
+        *before, live = team.layout.view(self._page, worker.index)
+        copied = cache.fork(live)
+        view = [*before, copied]
+        new = [token for tokens, _ in worker.pending for token in tokens] + team.closing
+        text, answer, written = team.prompts.closing, None, list[int]()
+        decoder = TextDecoder(team.tokenizer, new)
+        try:
+            while answer is None and len(written) < team.answer_tokens:
+                if sum(map(len, view)) + len(new) > team.max_position:
+                    break
+                logits = self._forward([view], [new])
+                stats.concluding_tokens += len(new)
+                token = team.greedy(logits[0], worker.tokens + written, worker.generator)
+                if token in team.ends_of_sequence:
+                    text += decoder.flush()
+                    break
+                written.append(token)
+                new = [token]
+                text += decoder.add(token)
+                answer = team.final_answer(text)
+        except OutOfPages:
+            pass  # then there is none
+        finally:
+            cache.free(copied)
+        stats.copied_bytes = cache.stats.copied_bytes
+        self._record("conclusion", worker=worker.name, text=text, answer=answer)
+        return Snapshot(self._steps, answer, worker.name, text)
+
+    # ---- the trace --------------------------------------------------------------------------
+
+    def _record(self, kind: str, **content: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.write(
+                {"kind": kind, "step": self._steps, "time": round(self._now(), 6), **content}
+            )
+
+    def _record_step(
+        self,
+        recorder: Recorder,
+        rows: list[_Row],
+        seen: list[list[list[int]]],
+        events: list[Event],
+        commits: list[tuple[Event, tuple[Segment, int]]],
+    ) -> None:
+        """A step and what came of it. Commits last: what was seen, was seen before them."""
+        stats = self._stats
+        self._record(
+            "step",
+            rows=[
+                {
+                    "worker": row.writer.name if row.writer else None,
+                    "segment": recorder.number(row.view[-1]),
+                    "tokens": tokens,
+                    "text": text,
+                }
+                for row in rows
+                for tokens, text in row.pieces
+            ],
+            encoded_tokens=stats.encoded_tokens,
+            committed_tokens=stats.committed_tokens,
+            copied_bytes=stats.copied_bytes,
+            forward_seconds=round(stats.forward_seconds, 6),
+            sampling_seconds=round(stats.sampling_seconds, 6),
+        )
+        sees = {
+            row.writer.name: view
+            for row, view in zip(rows, seen, strict=True)
+            if row.speaks and row.writer is not None
+        }
+        for event in events:
+            more: dict[str, Any] = {}
+            if event.kind in ("token", "end"):
+                assert event.worker is not None
+                more = {"token": event.token, "sees": sees[event.worker]}
+            self._record(
+                event.kind,
+                worker=event.worker, paragraph=event.paragraph, text=event.text, **more,
+            )  # fmt: skip
+        for event, (source, count) in commits:
+            self._record(
+                "commit",
+                worker=event.worker,
+                paragraph=event.paragraph,
+                segment=recorder.number(source),
+                into=recorder.number(self._page.history),
+                tokens=count,
+                text=event.text,
+            )

@@ -1,16 +1,17 @@
 """Layouts: what of the shared page a worker sees, and in which order.
 
 A layout only arranges segments. What is written, encoded, moved and sampled is the engine's
-business and the same for all layouts, so a new one is a class with a `view`, and, if it shows
-other headings, an `opening`:
+business and the same for all layouts, so a new one is a class with a `view`:
 
-    class OnlyHistory(Layout):
-        name = "only-history"
+    class HistoryOnly(Layout):
+        name = "history-only"
 
         def view(self, page, worker):
             return [page.prompt, page.history, *page.finishing, page.live[worker]]
 
-    hx.Hogwild(model, tokenizer, layout=OnlyHistory())
+    hx.Hogwild(model, tokenizer, layout=HistoryOnly())
+
+What the workers are told about it stands in `Prompts.how_to_read`, by the layout's name.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Page:
     """All that stands on the shared page, as segments of one cache. Lists go by worker."""
 
     prompt: Segment  # instructions, problem, heading of the history
-    history: Segment  # finished paragraphs
+    history: Segment  # finished paragraphs, of layouts that commit
     others_heading: Segment
     own_heading: Segment
-    live: list[Segment]  # each worker's unfinished paragraph
+    # Each worker's unfinished paragraph; in layouts that do not commit, all that it wrote.
+    live: list[Segment]
     unfinished: list[Segment]  # what stands behind a live paragraph for its other readers
     writing: list[int] = field(default_factory=list)  # the workers that have not ended, ascending
     # Paragraphs whose last token comes in this very step: everybody reads them behind the history
@@ -41,8 +43,8 @@ class Page:
     finishing: list[Segment] = field(default_factory=list)
 
     def others(self, worker: int) -> list[int]:
-        """The other workers that are writing."""
-        return [other for other in self.writing if other != worker]
+        """All other workers, also those that have ended."""
+        return [other for other in range(len(self.live)) if other != worker]
 
 
 class Layout(ABC):
@@ -58,14 +60,11 @@ class Layout(ABC):
 
     @abstractmethod
     def view(self, page: Page, worker: int) -> list[Segment]:
-        """The segments that `worker` reads, in its order; its own live one is the last."""
+        """The segments that `worker` reads, in its order; its own live one is the last.
 
-    def opening(self, page: Page) -> list[list[Segment]]:
-        """The views in which the fixed texts are encoded, once; each writes its last segment.
-
-        The first one is the prompt alone. Only texts that some view shows need to be here.
+        A text that is the same in all steps (the prompt, a heading) is encoded once, in the first
+        view that shows it, behind what stands before it there.
         """
-        return [[page.prompt]]
 
 
 class Combined(Layout):
@@ -75,25 +74,47 @@ class Combined(Layout):
 
     def view(self, page: Page, worker: int) -> list[Segment]:
         seen = [page.prompt, page.history, *page.finishing]
-        if others := page.others(worker):
+        if others := [other for other in page.others(worker) if other in page.writing]:
             seen.append(page.others_heading)
             for other in others:
                 seen += [page.live[other], page.unfinished[other]]
             seen.append(page.own_heading)
-        seen.append(page.live[worker])
-        return seen
-
-    def opening(self, page: Page) -> list[list[Segment]]:
-        views = [[page.prompt]]
-        if len(page.live) > 1:
-            before = [page.prompt, page.others_heading]
-            views += [before, [*before, page.own_heading]]
-            pairs = zip(page.live, page.unfinished, strict=True)
-            views += [[*before, live, unfinished] for live, unfinished in pairs]
-        return views
+        return [*seen, page.live[worker]]
 
 
-LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Combined,)}
+class Contiguous(Layout):
+    """Each worker's text in one piece (the paper's appendix): the others' pieces, then one's own.
+
+    Nothing is ever moved, so everybody always reads what it read before, only longer.
+    """
+
+    name = "contiguous"
+    commits = False
+
+    def view(self, page: Page, worker: int) -> list[Segment]:
+        seen = [page.prompt]
+        if others := page.others(worker):
+            seen.append(page.others_heading)
+            for other in others:
+                seen.append(page.live[other])
+                if other in page.writing:
+                    seen.append(page.unfinished[other])
+            seen.append(page.own_heading)
+        return [*seen, page.live[worker]]
+
+
+class Interleaved(Layout):
+    """The history and one's own paragraph: the others' become visible when they are finished."""
+
+    name = "interleaved"
+
+    def view(self, page: Page, worker: int) -> list[Segment]:
+        return [page.prompt, page.history, *page.finishing, page.live[worker]]
+
+
+LAYOUTS: dict[str, type[Layout]] = {
+    layout.name: layout for layout in (Combined, Contiguous, Interleaved)
+}
 
 
 def layout_from(layout: str | Layout) -> Layout:

@@ -12,17 +12,23 @@ and two short headings separate the history, the others' paragraphs and one's ow
     own_heading
     one's own live     **Alice [2]:** the words that come
 
-A heading belongs to the paragraph that it opens, and moves into the history with it.
+A heading belongs to the paragraph that it opens, and moves into the history with it. That is the
+combined layout; in the others some of it is missing, and `how_to_read` tells the workers how.
+
+Texts of one's own are written in TOML, one key a text: `hogwild prompts` prints ours to start from,
+`Prompts.read` takes a file with those that shall be different.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from . import checks
+from .layouts import Layout
 
 _SENTENCE_END = (
     r"[.!?\u2026\u3002\uff01\uff1f]"  # the last three: CJK
@@ -35,8 +41,9 @@ class Prompts:
     """The texts.
 
     `{names}`, `{first}`, `{count}` and `{problem}` are filled in where they occur in `system`,
-    `alone` and `user`; `{name}` and `{number}` in `heading`; `{name}` in `not_first` and `never`,
-    once for each worker. Other braces stay as they are: LaTeX needs no escapes.
+    `alone`, `user` and `how_to_read`, and `{how_to_read}` in `system`; `{name}` and `{number}` in
+    `heading` and `question`; `{name}` in `not_first` and `never`, once for each worker. Other
+    braces stay as they are: LaTeX needs no escapes.
 
     Headings should not end in a space: most tokenizers put the space before a word into the word.
 
@@ -51,7 +58,15 @@ class Prompts:
     others_heading: str
     unfinished: str
     own_heading: str
+    how_to_read: Mapping[str, str] = field(default_factory=dict)  # the page, by a layout's name
+    # Opens the answer of a model that thinks first, so that the page is its thinking. Left out
+    # for a chat template that knows no thinking, or opens it itself.
+    think: str = ""
     paragraph_break: str = "\n\n"  # written for a worker that stops in the middle of a paragraph
+    # Stands in front of a paragraph now and then, for its writer to answer to itself.
+    question: str = ""
+    # Makes a worker give its final answer when there is no time left. Without, there is none.
+    closing: str = ""
 
     # A regular expression: what a finished paragraph ends with.
     paragraph_end: str = _SENTENCE_END + r"[ \t]*\n\s*\n\s*"
@@ -62,13 +77,8 @@ class Prompts:
     never: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_list = field.name in ("not_first", "never")
-            texts = value if is_list else (value,)
-            if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
-                expected = "a tuple of strings" if is_list else "a string"
-                raise TypeError(f"{field.name}: expected {expected}, got {checks.describe(value)}")
+        for name in _NAMES:
+            _check(name, getattr(self, name))
         try:
             re.compile(self.paragraph_end)
         except re.error as error:
@@ -81,7 +91,55 @@ class Prompts:
         if "{problem}" not in self.user:
             raise ValueError(f"user: expected {{problem}} in it, got {self.user!r}")
 
-    def opening(self, tokenizer: Any, names: Sequence[str], problem: str) -> str:
+    # ---- files ------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, path: str | Path, base: Prompts) -> Prompts:
+        """`base`, with the texts that a TOML file has instead of its own.
+
+        Raises OSError for a file that cannot be read and ValueError for one that is not TOML, or
+        has a key that is no text of ours or not of its type; both name the file.
+        """
+        import tomlkit
+        from tomlkit.exceptions import TOMLKitError
+
+        try:
+            given = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+            for name in given:
+                if name not in _NAMES:
+                    raise ValueError(f"{name}: expected one of {', '.join(_NAMES)}")
+            for name in _LISTS & given.keys():
+                if isinstance(given[name], list):
+                    given[name] = tuple(given[name])
+            for name in given:  # before it is joined with the base's
+                _check(name, given[name])
+            if "how_to_read" in given:
+                given["how_to_read"] = {**base.how_to_read, **given["how_to_read"]}
+            return replace(base, **given)
+        except (TOMLKitError, UnicodeDecodeError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def as_toml(self) -> str:
+        """All texts, as a file that `read` takes."""
+        import tomlkit
+
+        document = tomlkit.document()
+        for name in _NAMES:
+            value = getattr(self, name)
+            if name in _LISTS:
+                document.add(name, list(value))
+            elif name == "how_to_read":
+                table = tomlkit.table()
+                for layout, text in value.items():
+                    table.add(layout, tomlkit.string(text, multiline="\n" in text))
+                document.add(name, table)
+            else:
+                document.add(name, tomlkit.string(value, multiline="\n" in value))
+        return tomlkit.dumps(document)
+
+    # ---- what is said -----------------------------------------------------------------------
+
+    def opening(self, tokenizer: Any, names: Sequence[str], problem: str, layout: Layout) -> str:
         """All that stands before the history, in the chat format of `tokenizer`.
 
         A tokenizer without a chat template gets plain paragraphs.
@@ -92,13 +150,23 @@ class Prompts:
             "count": str(len(names)),
             "problem": problem,
         }
-        system = _filled(self.system if len(names) > 1 else self.alone, **values)
-        request = _filled(self.user, **values)
-        return _in_chat_format(tokenizer, system, request) + self.history_heading
+        how_to_read = _filled(self.how_to_read.get(layout.name, ""), **values)
+        system = self.system if len(names) > 1 else self.alone
+        chat = _in_chat_format(
+            tokenizer,
+            _filled(system, how_to_read=how_to_read, **values),
+            _filled(self.user, **values),
+            self.think,
+        )
+        return chat + self.history_heading if layout.commits else chat
 
     def paragraph_heading(self, name: str, number: int) -> str:
         """The heading of a worker's paragraph; numbers count from 1."""
         return _filled(self.heading, name=name, number=str(number))
+
+    def paragraph_question(self, name: str, number: int) -> str:
+        """The question behind the heading of a worker's paragraph."""
+        return _filled(self.question, name=name, number=str(number))
 
     def forbidden_first(self, names: Sequence[str]) -> list[str]:
         """What no paragraph may begin with."""
@@ -115,6 +183,24 @@ class Prompts:
         )
 
 
+_NAMES = tuple(text.name for text in fields(Prompts))
+_LISTS = {"not_first", "never"}
+
+
+def _check(name: str, value: Any) -> None:
+    """Raises TypeError for a value that is not of the type of this text."""
+    if name in _LISTS:
+        ok, expected = isinstance(value, tuple), "a tuple of strings"
+        texts = value
+    elif name == "how_to_read":
+        ok, expected = isinstance(value, Mapping), "a string for each layout's name"
+        texts = [*value, *value.values()] if ok else ()
+    else:
+        ok, expected, texts = True, "a string", (value,)
+    if not ok or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name}: expected {expected}, got {checks.describe(value)}")
+
+
 def _filled(text: str, **values: str) -> str:
     """Puts in all values at once, so that braces within a value mean nothing."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda found: values[found[1]], text)
@@ -125,20 +211,26 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _in_chat_format(tokenizer: Any, instructions: str, request: str) -> str:
-    """Instructions and request, up to where the answer begins."""
-    if getattr(tokenizer, "chat_template", None) is None:
+def _in_chat_format(tokenizer: Any, instructions: str, request: str, think: str) -> str:
+    """Instructions and request, up to where the answer begins, or the thinking before it."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
         return "".join(f"{part}\n\n" for part in (instructions, request) if part)
     user = {"role": "user", "content": request}
     if not instructions:
-        return _rendered(tokenizer, [user])
-    import jinja2  # what chat templates are rendered with
+        text = _rendered(tokenizer, [user])
+    else:
+        import jinja2  # what chat templates are rendered with
 
-    try:
-        return _rendered(tokenizer, [{"role": "system", "content": instructions}, user])
-    except jinja2.TemplateError:  # some templates refuse a system message
-        merged = {"role": "user", "content": f"{instructions}\n\n{request}"}
-        return _rendered(tokenizer, [merged])
+        try:
+            text = _rendered(tokenizer, [{"role": "system", "content": instructions}, user])
+        except jinja2.TemplateError:  # some templates refuse a system message
+            merged = {"role": "user", "content": f"{instructions}\n\n{request}"}
+            text = _rendered(tokenizer, [merged])
+    # Templates of models that always think open it themselves (QwQ, DeepSeek-R1); where it is a
+    # choice, the model would (Qwen3).
+    is_open = bool(think) and text.rstrip().endswith(think.rstrip())
+    return text if is_open or "enable_thinking" not in str(template) else text + think
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -149,14 +241,10 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 REASONING = Prompts(
     system="""\
 {names} solve a problem together. They are {count} copies of you, and they write at the same time, \
-all on one page. Whatever one of them writes, the others can read at once, word for word, even in \
-the middle of a sentence.
+all on one page.
 
 How to read the page:
-- First come the finished paragraphs of all of them, in the order in which they were finished. \
-Each opens with the name of its writer and a number, as in "**{first} [2]:**".
-- Then come the paragraphs that the others are writing at this very moment. They break off, \
-because more words are on their way.
+{how_to_read}
 - At the end stands your own paragraph. The name that opens it is yours. You only ever continue \
 this paragraph; the others write theirs.
 
@@ -167,8 +255,8 @@ a result that you need, use it. When somebody has made a mistake, say so and say
 no leader: if two proposals clash, the one that was finished first counts.
 - Never do what another is already doing, unless you mean to check it in another way. If you \
 notice it, stop at once, say so in a word, and turn to something useful.
-- Keep paragraphs short: one thought, one result. A paragraph joins the finished ones when you end \
-it with a full stop and an empty line.
+- Keep paragraphs short: one thought, one result. You end a paragraph with a full stop and an \
+empty line.
 - Speak to the others by name. Do not write in their names.
 
 As soon as the solution is certain, whoever is first writes the final answer in \\boxed{}; this \
@@ -180,6 +268,31 @@ ends the work for all.""",
     others_heading="## The others are writing this right now\n\n",
     unfinished=" ... (still writing)\n\n",
     own_heading="## Your own paragraph: go on from here\n\n",
+    how_to_read={
+        "combined": """\
+- First come the finished paragraphs of all of them, in the order in which they were finished. \
+Each opens with the name of its writer and a number, as in "**{first} [2]:**". Yours joins them as \
+soon as you end it.
+- Then come the paragraphs that the others are writing at this very moment, word for word as they \
+are written. They break off, because more words are on their way.""",
+        "contiguous": """\
+- First comes all that the others have written, one writer after the other. Each paragraph opens \
+with the name of its writer and a number, as in "**{first} [2]:**". You read it word for word as \
+it is written; where it breaks off, more words are on their way.
+- Then comes what you have written yourself.""",
+        "interleaved": """\
+- First come the finished paragraphs of all of them, in the order in which they were finished. \
+Each opens with the name of its writer and a number, as in "**{first} [2]:**". Yours joins them as \
+soon as you end it, and so do theirs: what they are writing right now you see once it is finished. \
+The others are all at work, even if you see nothing of it.""",
+    },
+    think="<think>\n",
+    question=" Before I go on: is somebody else already doing this? Yes or no:",
+    closing=(
+        "\n\nTime is up. From all that stands on the page, finished or not, the most likely final "
+        "answer is \\boxed{"
+    ),
+    never=("</think>", "<think>"),
 )
 
 # For models of up to about a billion parameters. They do not follow a description of the page; but
@@ -198,6 +311,7 @@ SHORT = Prompts(
     unfinished="\n",
     own_heading="",
     paragraph_break="\n",
+    question=" Has nobody said this yet? Then here it is:",
     paragraph_end=r"\S[ \t]*\n\s*",
     not_first=(
         *("\n", "\n\n", "\n\n\n", " \n", " "),

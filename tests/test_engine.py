@@ -1,14 +1,12 @@
-"""The engine: who sees what and when, what is encoded, what is drawn, and how a run ends."""
+"""The engine: what is drawn, how a run ends, and what it tells."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import json
-import random
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,53 +14,30 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
 import hogwild_ext as hx
 from hogwild_ext import engine
 from hogwild_ext.engine import Event, Result, Sampler, TextDecoder, boxed_answer
-from hogwild_ext.layouts import Layout, Page
-from hogwild_ext.prompts import REASONING, SHORT, Prompts, prompts_for
+from hogwild_ext.layouts import Combined
 from models import tiny_model
-
-EOS = 2
-CHAT = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+from scripted import (
+    EOS,
+    PROMPTS,
+    STOP,
+    TOKENIZER,
+    VOCABULARY,
+    A,
+    B,
+    C,
+    Script,
+    decode,
+    sampled,
+    say,
+    team,
 )
-PROMPTS = Prompts(
-    system="{names}: {count}.",
-    alone="alone.",
-    user="{problem}",
-    history_heading="H:\n",
-    heading="#{name}{number}:",
-    others_heading="[others]\n",
-    unfinished="~\n",
-    own_heading="[own]\n",
-    not_first=(),
-)
-
-
-def byte_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """Every byte is a token; so is the empty line, and a full stop before one."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<pad>", "<bos>", "<eos>", *alphabet, "ĊĊ", ".ĊĊ"]
-    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, [("Ċ", "Ċ"), (".", "ĊĊ")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    fast.chat_template = chat_template
-    return fast
-
-
-TOKENIZER = byte_tokenizer()
-VOCABULARY = len(TOKENIZER)
-STOP = TOKENIZER.encode(".\n\n")[0]  # ends a paragraph
-A, B, C, Z = TOKENIZER.encode("abcz")
 
 
 @pytest.fixture(autouse=True)
@@ -75,167 +50,7 @@ def model() -> transformers.PreTrainedModel:
     return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
 
 
-def team(model: transformers.PreTrainedModel, workers: Any = 3, **changes: Any) -> hx.Hogwild:
-    return hx.Hogwild(
-        model, TOKENIZER, workers, **{"prompts": PROMPTS, "seed": 1, "max_tokens": 4096, **changes}
-    )
-
-
-def sampled(**changes: Any) -> GenerationConfig:
-    return GenerationConfig(do_sample=True, top_k=0, eos_token_id=EOS, **changes)
-
-
-def say(text: str) -> list[int]:
-    tokens: list[int] = TOKENIZER.encode(text)
-    return tokens
-
-
-def decode(tokens: Sequence[int]) -> str:
-    text: str = TOKENIZER.decode(list(tokens))
-    return text
-
-
 # ---- a run whose tokens are written beforehand ---------------------------------------------------
-
-
-class Script:
-    """Stands in for `forward`: the real one runs, but what each worker says is written down.
-
-    `lines[name]` are the tokens that a worker will say; then it says "z" for ever. `passes` are,
-    for each forward pass, the rows: the text that a row sees, as tokens, and how many it brought.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: dict[str, list[int]]) -> None:
-        self.lines = {name: list(tokens) for name, tokens in lines.items()}
-        self.passes: list[list[tuple[list[int], int]]] = []
-        self.brought: list[int] = []
-        self.raises: dict[int, BaseException] = {}  # at which pass
-        self._forward = engine.forward
-        monkeypatch.setattr(engine, "forward", self.forward)
-
-    def forward(self, model: Any, cache: Any, views: Any, tokens: Any) -> torch.Tensor:
-        if error := self.raises.get(len(self.passes)):
-            raise error
-        logits = self._forward(model, cache, views, tokens)
-        assert isinstance(logits, torch.Tensor)
-        rows = []
-        for view, new in zip(views, tokens, strict=True):
-            rows.append(([token for part in view for token in part.tokens], len(new)))
-            self.brought += new
-        self.passes.append(rows)
-        forced = torch.full_like(logits, -50.0)
-        # A worker's last row is where it speaks; others write the end of its paragraph.
-        speaks = {view[-1].name.partition(":")[0]: row for row, view in enumerate(views)}
-        for name, row in speaks.items():
-            forced[row, self.lines[name].pop(0) if self.lines.get(name) else Z] = 50.0
-        return forced
-
-
-def random_lines(rng: random.Random, names: Sequence[str], length: int) -> dict[str, list[int]]:
-    """Words, finished paragraphs, line breaks that finish nothing, and now and then the end."""
-    lines = {}
-    for name in names:
-        tokens: list[int] = []
-        for _ in range(length):
-            word = say("".join(rng.choices("abcdefgh ,\n\u20ac", k=rng.randint(1, 4))))
-            breaks = rng.choice(["", "", "", "\n\n", ".\n\n", ".\n\n", '!"\n\n', ".\n"])
-            tokens += word + TOKENIZER.encode(breaks)
-            if rng.random() < 0.03:
-                tokens.append(EOS)
-        lines[name] = tokens
-    return lines
-
-
-class PlainPage:
-    """The page as nothing but lists of tokens: what the engine must show, said as simply as can
-    be. Everything is joined anew for every reader, in every pass."""
-
-    def __init__(self, names: Sequence[str], prompt: str, lines: dict[str, list[int]]) -> None:
-        self.prompt = say(prompt)
-        self.lines = {name: list(tokens) for name, tokens in lines.items()}
-        self.history: list[int] = []
-        self.number = dict.fromkeys(names, 1)
-        self.live = {name: say(f"#{name}1:") for name in names}
-        self.said: dict[str, list[int]] = {name: [] for name in names}  # in the live paragraph
-        self.last: dict[str, list[int]] = {name: [] for name in names}  # in the pass before
-        self.writing = list(names)
-
-    def view(
-        self, name: str, history: list[int], live: dict[str, list[int]], writing: list[str]
-    ) -> list[int]:
-        text = self.prompt + history
-        if others := [other for other in writing if other != name]:
-            text = text + say("[others]\n")
-            for other in others:
-                text = text + live[other] + say("~\n")
-            text = text + say("[own]\n")
-        return text + live[name]
-
-    def is_finished(self, name: str) -> bool:
-        text = decode(self.said[name])
-        gap = text[len(text.rstrip()) :]
-        return text.rstrip().endswith((".", '!"')) and gap[-1:] == "\n" and gap.count("\n") > 1
-
-    def next_pass(self) -> list[list[int]]:
-        """What is seen in the next pass: by those who close a paragraph, then by the writers."""
-        ended = [name for name in self.writing if self.last[name] == [EOS]]
-        # Who has ended under an empty heading is gone.
-        self.writing = [name for name in self.writing if self.said[name] or name not in ended]
-        still = [name for name in self.writing if name not in ended]
-        closing = [name for name in self.writing if name in ended or self.is_finished(name)]
-        # As it stands when they read: the words of this pass are all there already.
-        before = {
-            name: self.live[name] + (say("\n\n") if name in ended else self.last[name])
-            for name in self.writing
-        }
-        # Who closes a paragraph reads the page as it was. All others, and the same one where it
-        # begins the next paragraph, see it in the history.
-        seen = [self.view(name, self.history, before, self.writing) for name in closing]
-        for name in closing:
-            self.history = self.history + before[name]
-            self.number[name] += 1
-            before[name], self.said[name] = say(f"#{name}{self.number[name]}:"), []
-        seen += [self.view(name, self.history, before, still) for name in still]
-        self.live, self.writing = before, still
-
-        for name in still:
-            token = self.lines[name].pop(0) if self.lines[name] else Z
-            self.last[name] = [token]
-            if token != EOS:
-                self.said[name].append(token)
-        return seen
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("variant", range(4))
-def test_everybody_sees_the_page_token_by_token(
-    model: Any, monkeypatch: pytest.MonkeyPatch, count: int, variant: int, seed: int
-) -> None:
-    names = ["A", "B", "C", "D", "E"][:count]
-    lines = random_lines(random.Random(seed + variant), names, 12)
-    script = Script(monkeypatch, lines)
-    run = team(model, names).stream("p", 45)
-    events = list(run)
-    prompt = PROMPTS.opening(TOKENIZER, names, "p")
-    plain = PlainPage(names, prompt, lines)
-    assert len(script.passes) == run.result().steps >= 2
-    for number, rows in enumerate(script.passes):
-        shown = [tokens for tokens, _ in rows]
-        expected = plain.next_pass()
-        # The first rows of the first pass are the fixed texts.
-        assert shown[-len(expected) :] == expected, f"pass {number + 1}"
-        assert number == 0 or len(shown) == len(expected)
-    # Once is enough for each: every token of the page was brought exactly once.
-    result = run.result()
-    assert result.stats.encoded_tokens == len(script.brought)
-    fixed = 0 if count == 1 else len("[others]\n[own]\n") + count * len("~\n")
-    headings = sum(event.text == f"#{event.worker}{event.paragraph}:" for event in events)
-    assert headings == sum(event.kind == "start" for event in events)
-    ends = sum(event.kind == "end" for event in events)
-    generated = sum(len(worker.tokens) for worker in result.workers)
-    pending = sum(not worker.ended for worker in result.workers)
-    page = len(prompt) + fixed + sum(len(e.text) for e in events if e.kind == "start")
-    assert page + generated - pending <= len(script.brought) <= page + generated + ends
 
 
 def test_finished_paragraphs_join_the_history_in_the_order_of_the_workers(
@@ -261,7 +76,7 @@ def test_a_lone_worker_equals_the_plain_model(model: Any) -> None:
 
     alone = team(model, ["A"], paragraph_ends=every_third)
     run = alone.stream("Say something.", 40)
-    text = TOKENIZER.encode(PROMPTS.opening(TOKENIZER, ["A"], "Say something."))
+    text = TOKENIZER.encode(PROMPTS.opening(TOKENIZER, ["A"], "Say something.", Combined()))
     worst = commits = 0
     for event in run:
         if event.kind == "start":
@@ -644,46 +459,6 @@ def test_time_is_accounted_for(model: Any) -> None:
     assert stats.tokens_per_second == pytest.approx(40 / stats.seconds)
 
 
-# ---- layouts -------------------------------------------------------------------------------------
-
-
-class OnlyHistory(Layout):
-    name = "only-history"
-
-    def view(self, page: Page, worker: int) -> list[Any]:
-        return [page.prompt, page.history, *page.finishing, page.live[worker]]
-
-
-class OwnPiece(Layout):
-    name = "own-piece"
-    commits = False
-
-    def view(self, page: Page, worker: int) -> list[Any]:
-        others = [page.live[other] for other in page.others(worker)]
-        return [page.prompt, *others, page.live[worker]]
-
-
-def test_a_layout_of_ones_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Script(monkeypatch, {"A": [A, STOP, B], "B": [C, C, C]})
-    team(model, ["A", "B"], layout=OnlyHistory()).run("p", 4)
-    prompt = PROMPTS.opening(TOKENIZER, ["A", "B"], "p")
-    shown = [[decode(tokens) for tokens, _ in rows] for rows in script.passes]
-    assert shown[1] == [prompt + "#A1:a", prompt + "#B1:c"]
-    assert shown[2] == [
-        prompt + "#A1:a.\n\n",
-        prompt + "#A1:a.\n\n#A2:",
-        prompt + "#A1:a.\n\n#B1:cc",
-    ]
-
-
-def test_a_layout_without_commits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Script(monkeypatch, {"A": [A, STOP, B], "B": [C, C, C]})
-    result = team(model, ["A", "B"], layout=OwnPiece()).run("p", 4)
-    prompt = PROMPTS.opening(TOKENIZER, ["A", "B"], "p")
-    assert decode(script.passes[3][1][0]) == prompt + "#A1:a.\n\nb#B1:ccc"
-    assert result.stats.committed_tokens == 0
-
-
 # ---- text ----------------------------------------------------------------------------------------
 
 
@@ -732,101 +507,6 @@ def test_text_is_decoded_as_what_follows_its_heading(
     monkeypatch.setattr(engine, "TextDecoder", Decoder)
     team(model, ["A"]).run("p", 4)
     assert [text for text in before if text] == ["#A1:", "#A2:"]
-
-
-@pytest.mark.parametrize(
-    ("text", "full", "short"),
-    [
-        ("A sentence.\n\n", True, True),
-        ("Really?!\n\n", True, True),
-        ("**Bold.**\n\n", True, True),
-        ('"Quoted."\n \n', True, True),
-        ("\u597d\u3002\n\n", True, True),
-        ("A sentence.\n", False, True),
-        ("A sentence. ", False, False),
-        ("First, this:\n\n", False, True),
-        ("\n\n", False, False),
-        ("", False, False),
-    ],
-)
-def test_where_paragraphs_end(text: str, full: bool, short: bool) -> None:
-    assert REASONING.ends_paragraph(text) is full
-    assert SHORT.ends_paragraph(text) is short
-
-
-# ---- prompts -------------------------------------------------------------------------------------
-
-
-def test_the_prompt_in_every_kind_of_chat_format() -> None:
-    names, problem = ["A", "B", "{names}"], "{x} and {names} in \\boxed{y}"
-    told = "A, B and {names}: 3."
-    assert PROMPTS.opening(TOKENIZER, names, problem) == (
-        f"<system>{told}</><user>{problem}</><assistant>H:\n"
-    )
-    no_system = byte_tokenizer(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
-    )
-    assert PROMPTS.opening(no_system, names, problem) == (
-        f"<user>{told}\n\n{problem}</><assistant>H:\n"
-    )
-    assert PROMPTS.opening(byte_tokenizer(None), names, problem) == f"{told}\n\n{problem}\n\nH:\n"
-    assert PROMPTS.opening(TOKENIZER, ["A"], "p") == "<system>alone.</><user>p</><assistant>H:\n"
-    silent = replace(PROMPTS, alone="")
-    assert silent.opening(TOKENIZER, ["A"], "p") == "<user>p</><assistant>H:\n"
-    assert silent.opening(byte_tokenizer(None), ["A"], "p") == "p\n\nH:\n"
-
-
-def test_our_own_prompts_have_no_gaps() -> None:
-    for prompts in (REASONING, SHORT):
-        for names in (["Alice"], ["Alice", "Bob"], ["Alice", "Bob", "Carol"]):
-            text = prompts.opening(TOKENIZER, names, "What?")
-            assert "What?" in text
-            for gap in ("{name", "{first}", "{count}", "{problem}", "{number}"):
-                assert gap not in text
-        assert prompts.paragraph_heading("Alice", 2).startswith(("Alice", "**Alice [2]"))
-    assert "Alice, Bob and Carol" in REASONING.opening(TOKENIZER, ["Alice", "Bob", "Carol"], "x")
-    assert prompts_for(135_000_000) is SHORT
-    assert prompts_for(8_000_000_000) is REASONING
-
-
-def test_what_must_not_be_written_is_not(model: Any) -> None:
-    strict = replace(PROMPTS, heading="{name}:", not_first=("a", " {name}"), never=("{name}:",))
-    favourites = torch.zeros(VOCABULARY)
-    # In this order the model would like: "a", " ", "b", "B", ":".
-    for rank, letter in enumerate("a bB:"):
-        favourites[say(letter)[0]] = 50.0 - rank
-
-    def fixed(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        wish = favourites.clone()
-        if tokens.shape[1] and tokens[0, -1] == say("B")[0]:
-            wish[say(":")[0]] = 99.0
-        return wish.where(scores != -torch.inf, scores)
-
-    first = team(model, ["B", "C"], prompts=strict, logits_processors=[fixed]).run("p", 3)
-    assert texts(first) == ["baa", "baa"]
-    sampler = team(model, ["B", "C"], prompts=strict).sampler
-    logits = torch.zeros(VOCABULARY)
-    logits[say(":")[0]] = 9.0
-    generator = torch.Generator()
-    assert sampler(logits, say("xB"), generator) != say(":")[0]
-    assert sampler(logits, say("xA"), generator) == say(":")[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"system": 3}, TypeError, "system: expected a string"),
-        ({"never": "x"}, TypeError, "never: expected a tuple of strings"),
-        ({"heading": ""}, ValueError, "heading: expected some text"),
-        ({"user": "no place"}, ValueError, r"user: expected \{problem\}"),
-        ({"paragraph_end": "("}, ValueError, "paragraph_end: expected a regular expression"),
-    ],
-)
-def test_broken_prompts_are_refused(
-    change: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        replace(PROMPTS, **change)
 
 
 # ---- arguments -----------------------------------------------------------------------------------
