@@ -118,7 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", "-w", default="3", metavar="N|NAMES",
         help="how many, or their names: Alice,Bob (default: 3)",
     )  # fmt: skip
-    run.add_argument("--layout", default="combined", help="what a worker sees (default: combined)")
+    run.add_argument(
+        "--layout", default="combined",
+        help="what a worker sees: combined (the history, the others' live paragraphs; the "
+        "default), contiguous (each worker's text in one piece), interleaved (finished paragraphs "
+        "only)",
+    )  # fmt: skip
     run.add_argument(
         "--max-steps", type=_positive, metavar="N",
         help="forward passes, each a token for every worker "
@@ -127,6 +132,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--max-tokens", type=_positive, metavar="N",
         help="room for keys and values of this many tokens (default: the model's positions)",
+    )  # fmt: skip
+
+    asking = run.add_argument_group("asking the workers")
+    asking.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="TOML with words of your own, see hogwild prompts",
+    )  # fmt: skip
+    asking.add_argument(
+        "--question-every", type=_natural, default=1024, metavar="N",
+        help="tokens of a worker after which it is asked whether its work is redundant "
+        "(default: 1024; 0: never)",
+    )  # fmt: skip
+    asking.add_argument(
+        "--answer-tokens", type=_natural, default=64, metavar="N",
+        help="tokens for the answer that a worker is made to give when the steps or the context "
+        "run out (default: 64; 0: none is asked for)",
+    )  # fmt: skip
+    asking.add_argument(
+        "--snapshots", type=_numbers, default=[], metavar="N,N",
+        help="steps after which to ask for the answer as if they were the last",
     )  # fmt: skip
 
     model = run.add_argument_group("model")
@@ -154,9 +179,26 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-k", type=_natural, metavar="K", help="0 is no limit")
     sampling.add_argument("--repetition-penalty", type=float, metavar="R")
 
-    output = run.add_argument_group("output").add_mutually_exclusive_group()
+    outputs = run.add_argument_group("output")
+    outputs.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write all that happens, for hogwild view"
+    )
+    output = outputs.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a line for each event")
     output.add_argument("--plain", action="store_true", help="lines, also on a terminal")
+
+    prompts = commands.add_parser(
+        "prompts",
+        parents=[common],
+        help="print the words said to the model, as a file to change",
+        description="Prints the words said to the model as TOML. Keep what you change and give the "
+        "file to hogwild run --prompts.",
+    )
+    prompts.set_defaults(command=_prompts)
+    prompts.add_argument(
+        "which", nargs="?", choices=("reasoning", "short"), default="reasoning",
+        help="for models that reason (default), or the short ones for small models",
+    )  # fmt: skip
 
     _add_bench(commands, common)
 
@@ -285,6 +327,10 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _numbers(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",")]
+
+
 def _workers(text: str) -> int | list[str]:
     """The value of --workers."""
     if text.isascii() and text.isdigit():
@@ -304,6 +350,17 @@ def _info(options: argparse.Namespace) -> int:
     from .installation import info
 
     print(info())
+    return 0
+
+
+# ---- hogwild prompts -----------------------------------------------------------------------------
+
+
+def _prompts(options: argparse.Namespace) -> int:
+    _require("tomlkit")
+    from .prompts import REASONING, SHORT
+
+    print((SHORT if options.which == "short" else REASONING).as_toml(), end="")
     return 0
 
 
@@ -459,17 +516,21 @@ def _run(options: argparse.Namespace) -> int:
     problem = _problem(options.problem)
 
     from .layouts import layout_from
+    from .prompts import REASONING, Prompts, example_for
 
     layout_from(options.layout)  # before anything that takes time
+    if options.prompts is not None:
+        _require("tomlkit")
+        Prompts.read(options.prompts, REASONING)
+    if options.trace is not None:
+        _check_output("--trace", options.trace)
     team = _load(options, workers, live)
     if problem is None:
-        from .prompts import EXAMPLE, EXAMPLE_FOR_SMALL_MODELS, SHORT
-
-        problem = EXAMPLE_FOR_SMALL_MODELS if team.prompts is SHORT else EXAMPLE
+        problem = example_for(team.model.num_parameters())
         if not live:
             _say(f"no problem was given; an example: {problem}")
     max_steps = options.max_steps or (DEFAULT_STEPS if options.model else DEMO_STEPS)
-    run = team.stream(problem, max_steps)
+    run = team.stream(problem, max_steps, snapshots=options.snapshots, trace=options.trace)
     with run, _ctrl_c_stops(run), _view(options, live, team, problem, max_steps) as view:
         try:
             for event in run:
@@ -478,7 +539,17 @@ def _run(options: argparse.Namespace) -> int:
             pass
         result = run.result()
         view.end(result, _summary(result, max_steps))
+    if options.trace is not None:
+        _say(f"wrote {options.trace}; to look at it: hogwild view {options.trace}")
     return 130 if result.stopped_by == "interrupted" else 0
+
+
+def _check_output(option: str, path: Path) -> None:
+    """Raises CommandError for a file that could not be written after a long run."""
+    if path.is_dir():
+        raise CommandError(f"{option}: expected a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise CommandError(f"{option}: there is no folder {path.parent}")
 
 
 def _is_live(options: argparse.Namespace) -> bool:
@@ -545,6 +616,8 @@ def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
         "the engine's own Python": stats.engine_seconds,
     }
     rows = [("answer", result.answer)] if result.answer is not None else []
+    for shot in result.snapshots:
+        rows.append((f"after {shot.steps} steps", shot.answer or "no answer"))
     return [
         *rows,
         ("ended by", reasons[result.stopped_by or "interrupted"]),
@@ -581,6 +654,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
     import transformers
 
     from .engine import Hogwild
+    from .prompts import Prompts, prompts_for
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -612,11 +686,19 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
             "this is a small demonstration model: it shows the mechanism, not good answers. For "
             f"real problems name a model that reasons, as in --model {LARGER_MODEL}"
         )
+    if getattr(tokenizer, "chat_template", None) is None:
+        _say("this tokenizer has no chat template: the model is given the problem as plain text")
+    prompts = prompts_for(model.num_parameters())
+    if options.prompts is not None:
+        prompts = Prompts.read(options.prompts, prompts)
     return Hogwild(
         model.eval(),
         tokenizer,
         workers,
         options.layout,
+        prompts=prompts,
+        question_every=options.question_every or None,
+        answer_tokens=options.answer_tokens,
         max_tokens=options.max_tokens,
         seed=options.seed,
         generation_config=_sampling(options, model.generation_config),

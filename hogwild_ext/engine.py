@@ -156,7 +156,7 @@ class Result:
     stats: Stats
     stopped_by: str | None
     seed: int
-    snapshots: list[Snapshot]
+    snapshots: list[Snapshot] = field(default_factory=list)
 
 
 # ---- the team ------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Hogwild:
             generation_config = getattr(model, "generation_config", None) or GenerationConfig()
         check_config(generation_config)
         if prompts is None:
-            prompts = prompts_for(sum(weight.numel() for weight in model.parameters()))
+            prompts = prompts_for(model.num_parameters())
         elif not isinstance(prompts, Prompts):
             raise TypeError(f"prompts: expected Prompts, got {checks.describe(prompts)}")
         self.prompts = prompts
@@ -476,7 +476,7 @@ class Run:
             self._cache.segments,
             {
                 "hogwild_ext": __version__,
-                "model": getattr(team.model.config, "name_or_path", "") or None,
+                "model": Path(team.model.name_or_path).name or None,
                 "problem": problem,
                 "layout": team.layout.name,
                 "workers": list(team.names),
@@ -796,8 +796,9 @@ class Run:
                 paragraph = worker.paragraphs[worker.committed]
                 worker.committed += 1
                 self._history.append(paragraph.on_page())
+                text = paragraph.question + paragraph.text
                 events.append(
-                    Event("commit", self._steps, worker.name, paragraph.number, text=paragraph.text)
+                    Event("commit", self._steps, worker.name, paragraph.number, text=text)
                 )
         self._page.finishing.clear()
         return events

@@ -86,7 +86,12 @@ class PlainView:
         self._out.flush()
 
     def show(self, event: Event) -> None:
-        if event.kind in ("token", "end") and event.worker is not None:
+        if event.worker is None or event.kind not in ("question", "token", "end", "conclusion"):
+            return
+        if event.kind == "conclusion":
+            answer = " ".join(event.text.split())
+            self._line(event.worker, f"(asked for the answer after step {event.step}) {answer}")
+        else:
             *lines, rest = (self._unfinished[event.worker] + event.text).split("\n")
             self._unfinished[event.worker] = rest
             if event.kind == "end":
@@ -203,7 +208,11 @@ class LiveView:
         self._step = event.step
         if event.worker is not None:
             column = self._columns[event.worker]
-            if event.kind in ("token", "end"):
+            if event.kind == "start":  # of a paragraph, behind one that moved nowhere
+                if column.live:
+                    column.finished.append(column.live)
+                column.live = ""
+            elif event.kind in ("question", "token", "end"):
                 column.live += event.text
                 column.tokens += event.kind == "token"
                 column.ended = event.kind == "end"

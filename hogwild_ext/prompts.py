@@ -178,9 +178,7 @@ class Prompts:
 
     def ends_paragraph(self, text: str) -> bool:
         """Whether a paragraph that reads like this so far is finished."""
-        return text.endswith(("\n", "\r")) and bool(
-            re.search(f"(?:{self.paragraph_end})\\Z", text[-64:])
-        )
+        return bool(re.search(f"(?:{self.paragraph_end})\\Z", text[-64:]))
 
 
 _NAMES = tuple(text.name for text in fields(Prompts))
@@ -328,7 +326,11 @@ def prompts_for(num_parameters: int) -> Prompts:
     return SHORT if num_parameters < SMALL_MODEL_PARAMETERS else REASONING
 
 
-# What `hogwild run` works on if it is not told.
+def example_for(num_parameters: int) -> str:
+    """What `hogwild run` lets a model of this size work on if it is not told."""
+    return EXAMPLE_FOR_SMALL_MODELS if num_parameters < SMALL_MODEL_PARAMETERS else EXAMPLE
+
+
 EXAMPLE = (
     "How many of the integers from 1 to 500 are divisible by exactly one of the numbers 3, 5 and 7?"
 )

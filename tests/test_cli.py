@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import hogwild_ext
-from hogwild_ext import cli, default_model, engine, installation, live, packed_linear
+from hogwild_ext import cli, default_model, engine, installation, live, packed_linear, trace
 from hogwild_ext.engine import Event
+from hogwild_ext.prompts import REASONING, SHORT
 from models import tiny_model
-from test_engine import VOCABULARY, byte_tokenizer
+from scripted import VOCABULARY, byte_tokenizer
 
 ESCAPE = "\x1b"
 
@@ -150,7 +152,7 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
         "text": "max_steps",
     }  # fmt: skip
     assert list(result) == [
-        "kind", "answer", "text", "workers", "steps", "stats", "stopped_by", "seed",
+        "kind", "answer", "text", "workers", "steps", "stats", "stopped_by", "seed", "snapshots",
     ]  # fmt: skip
     assert result["kind"] == "result" and result["seed"] == 5
     assert [w["tokens"] for w in result["workers"]] == [
@@ -158,6 +160,108 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert result["stats"]["generated_tokens"] == 12
     assert result["stats"]["engine_seconds"] >= 0 and result["stats"]["tokens_per_second"] > 0
+
+
+def test_a_trace_is_written_and_named(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.jsonl"
+    assert (
+        run(folder, "What?", "--workers", "2", "--layout", "contiguous", "--trace", str(path)) == 0
+    )
+    assert f"wrote {path}; to look at it: hogwild view {path}" in capsys.readouterr().err
+    read = trace.read(path)
+    assert read.is_complete
+    header = {name: read.header[name] for name in ("problem", "layout", "workers", "model")}
+    assert header == {
+        "problem": "What?", "layout": "contiguous", "workers": ["Alice", "Bob"], "model": "tiny",
+    }  # fmt: skip
+
+
+def test_words_of_ones_own_and_snapshots(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hogwild("prompts", "short") == 0
+    words = capsys.readouterr().out
+    assert words == SHORT.as_toml()
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        words.replace('heading = "{name}:"', 'heading = "<{name}>"').replace(
+            'closing = ""', 'closing = "Well: "'
+        )
+    )
+    options = ("--prompts", str(path), "--snapshots", "2, 4", "--answer-tokens", "3")
+    assert run(folder, "What?", "--workers", "2", "--seed", "1", "--json", *options) == 0
+    *events, result = map(json.loads, capsys.readouterr().out.rstrip("\n").split("\n"))
+    assert {e["text"] for e in events if e["kind"] == "start"} >= {"<Alice>", "<Bob>"}
+    concluded = [e for e in events if e["kind"] == "conclusion"]
+    assert [e["step"] for e in concluded] == [2, 4, 6]
+    assert all(e["text"].startswith("Well: ") for e in concluded)
+    assert [shot["steps"] for shot in result["snapshots"]] == [2, 4]
+
+    assert run(folder, "What?", "--workers", "2", "--seed", "1", *options) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^after 2 steps +no answer$", out, re.MULTILINE)
+    assert "Alice: (asked for the answer after step 2) Well:" in out
+
+
+def test_the_words_for_models_that_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hogwild("prompts") == 0
+    assert capsys.readouterr().out == REASONING.as_toml()
+
+
+def test_workers_are_asked_on_the_command_line(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('paragraph_end = "[^$]"\nquestion = " Again?"\n')
+    options = ("--prompts", str(path), "--workers", "2", "--json")
+    for every, asked in (("2", True), ("0", False)):
+        assert run(folder, "What?", *options, "--question-every", every) == 0
+        assert ('"kind": "question"' in capsys.readouterr().out) == asked
+
+
+def test_a_model_without_a_chat_template_is_said(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, "What?") == 0
+    assert "no chat template" not in capsys.readouterr().err
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    (plain / "chat_template.jinja").unlink()
+    assert run(str(plain), "What?") == 0
+    assert "no chat template: the model is given the problem as plain text" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trace", "{tmp}"], "--trace: expected a file, got the folder {tmp}"),
+        (["--trace", "{tmp}/none/a.jsonl"], "--trace: there is no folder {tmp}/none"),
+        (
+            ["--prompts", "{tmp}/none.toml"],
+            "[Errno 2] No such file or directory: '{tmp}/none.toml'",
+        ),
+        (
+            ["--prompts", "{tmp}/bad.toml"],
+            "{tmp}/bad.toml: greeting: expected one of system, alone",
+        ),
+        (["--snapshots", "3"], "snapshots: expected prompts with a closing text"),
+        (["--layout", "round"], "layout: expected one of combined, contiguous, interleaved, got"),
+    ],
+)
+def test_mistakes_in_the_protocol_are_said(
+    folder: str,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.toml").write_text('greeting = "Hello"')
+    assert run(folder, "What?", *(option.format(tmp=tmp_path) for option in options)) == 2
+    assert error_of(capsys).startswith(message.format(tmp=tmp_path))
 
 
 def test_packed_linear_layers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +387,9 @@ def test_the_problem_can_come_from_stdin(
     asked = []
     real = engine.Hogwild.stream
 
-    def stream(self: Any, problem: str, max_steps: int) -> Any:
+    def stream(self: Any, problem: str, max_steps: int, **options: Any) -> Any:
         asked.append((problem, max_steps, self.names))
-        return real(self, problem, max_steps)
+        return real(self, problem, max_steps, **options)
 
     monkeypatch.setattr(engine.Hogwild, "stream", stream)
     monkeypatch.setattr(sys, "stdin", io.StringIO("From a pipe.\n"))
@@ -448,7 +552,7 @@ def test_debug_shows_the_traceback(folder: str) -> None:
 def test_a_bug_is_called_by_its_name(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stream(*args: Any) -> Any:
+    def stream(*args: Any, **options: Any) -> Any:
         return {}["nothing"]
 
     monkeypatch.setattr(engine.Hogwild, "stream", stream)

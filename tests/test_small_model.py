@@ -17,8 +17,8 @@ import transformers
 import hogwild_ext as hx
 from hogwild_ext import engine
 from models import plain_logits, random_tokens, tiny_model
+from scripted import VOCABULARY, team
 from teams import PROMISED, Both, assert_logits, play
-from test_engine import VOCABULARY, team
 
 
 @pytest.fixture(autouse=True)

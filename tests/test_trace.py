@@ -109,8 +109,9 @@ def test_a_trace_replays_to_what_everybody_saw(
     for event in events:
         if event.kind == "commit":
             which = event.worker, event.paragraph
-            history += f"#{event.worker}{event.paragraph}:" + "?" * (which in asked)
-            history += event.text + "\n\n" * (which in ended)
+            assert event.text.startswith("?") == (which in asked)
+            history += f"#{event.worker}{event.paragraph}:{event.text}"
+            history += "\n\n" * (which in ended)
     assert "".join(text for _, text in replay.segments[1]) == history
     assert run.result().stats.encoded_tokens == replay.encoded_tokens == len(script.brought)
 
