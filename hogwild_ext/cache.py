@@ -322,13 +322,12 @@ class SegmentCache:
             self._check_capacity()
             if start and count:
                 self._backend.commit(self._layers, pages, count, target._table, start)
+                self.stats.copied_bytes += count * self.bytes_per_token
             target._log.extend_from(source._log)
             source._log = TokenLog()
 
         self._all_or_nothing("commit", [source, target], change, asked=count)
         self.stats.committed_tokens += count
-        if start:
-            self.stats.copied_bytes += count * self.bytes_per_token
 
     def free(self, segment: Segment) -> None:
         """Give back the pages of `segment`, and its name. It has no tokens then, and no use.

@@ -247,11 +247,7 @@ class Hogwild:
         self.closing = self.encode(prompts.closing) if self.answer_tokens else []
         self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
         never = [tokens for text in prompts.forbidden(self.names) if (tokens := self.encode(text))]
-        never += [
-            [token]
-            for token in getattr(tokenizer, "all_special_ids", ())
-            if token not in self.ends_of_sequence
-        ]
+        never += [[token] for token in _special(tokenizer) - self.ends_of_sequence]
         self.sampler = Sampler(generation_config, logits_processors, never)
         plain = GenerationConfig(
             bad_words_ids=generation_config.bad_words_ids,
@@ -317,8 +313,8 @@ class Hogwild:
         budgets = {checks.is_integer("snapshots", steps, 1, max_steps) for steps in snapshots}
         if budgets and not self.closing:
             raise ValueError(
-                "snapshots: expected prompts with a closing text and answer_tokens above 0, which "
-                "make the team answer"
+                "snapshots: expected prompts with a closing text, and answer_tokens above 0, to "
+                f"make the team answer, got {'no tokens' if self.prompts.closing else 'no text'}"
             )
         if trace is not None and not isinstance(trace, (str, Path)):
             raise TypeError(f"trace: expected a path, got {checks.describe(trace)}")
@@ -351,6 +347,13 @@ def _callable(name: str, value: Any, default: Callable[..., Any]) -> Callable[..
         raise TypeError(f"{name}: expected a function, got {checks.describe(value)}")
     checked: Callable[..., Any] = value
     return checked
+
+
+def _special(tokenizer: Any) -> set[int]:
+    """Tokens that mean something to a chat template: no worker writes them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {token for token, content in added.items() if content.special}
+    return special | set(getattr(tokenizer, "all_special_ids", ()))
 
 
 def _ends_of_sequence(config: GenerationConfig, tokenizer: Any) -> frozenset[int]:

@@ -118,10 +118,15 @@ def world(model: Any, tokenizer: Any) -> World:
         "Hogwild": {
             "model": model, "tokenizer": tokenizer, "workers": 2, "layout": "combined",
             "max_tokens": 256, "seed": 1, "generation_config": None, "logits_processors": [],
-            "prompts": None, "final_answer": None, "paragraph_ends": None, "linear": None,
+            "prompts": None, "question_every": 9, "final_answer": None, "answer_tokens": 5,
+            "paragraph_ends": None, "linear": None,
         },
-        "Hogwild.run": {"problem": "w1 w2", "max_steps": 2},
-        "Hogwild.stream": {"problem": "w1 w2", "max_steps": 2},
+        **{
+            f"Hogwild.{method}": {
+                "problem": "w1 w2", "max_steps": 2, "snapshots": [], "trace": None,
+            }
+            for method in ("run", "stream")
+        },
     }  # fmt: skip
     functions: dict[str, Callable[..., Any]] = {
         "concurrent_attention": hx.concurrent_attention,
@@ -413,7 +418,9 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
         ],
         "logits_processors": [("type", 3), ("type", None), ("type", [3])],
         "prompts": [("type", "You are"), ("type", 3)],
+        "question_every": integer(1, none=False),
         "final_answer": [("type", "yes"), ("type", 3)],
+        "answer_tokens": integer(0, none=False),
         "paragraph_ends": [("type", "yes"), ("type", 3)],
         "linear": LINEAR,
     },
@@ -421,6 +428,11 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
         f"Hogwild.{method}": {
             "problem": [("type", None), ("type", 3), ("range", ""), ("range", "  ")],
             "max_steps": integer(1),
+            "snapshots": [
+                ("type", 3), ("type", None), ("type", [1.5]), ("type", ["1"]), ("range", [0]),
+                ("range", [3]), ("range", [1]),
+            ],
+            "trace": [("type", 3), ("type", True), ("type", b"run")],
         }
         for method in ("run", "stream")
     },
