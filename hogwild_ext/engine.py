@@ -858,7 +858,7 @@ class Run:
         text, answer, written = team.prompts.closing, None, list[int]()
         decoder = TextDecoder(team.tokenizer, new)
         try:
-            while answer is None and len(written) < team.answer_tokens:
+            while answer is None and len(written) < team.answer_tokens and not self._stop_wanted:
                 if sum(map(len, view)) + len(new) > team.max_position:
                     break
                 logits = self._forward([view], [new])

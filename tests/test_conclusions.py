@@ -288,3 +288,19 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         team(model, **change)
+
+
+def test_a_conclusion_can_be_stopped(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Concludes(monkeypatch, {}, ["x" * 60])
+    run = team(model, 2, prompts=CLOSING).stream("p", 3)
+    real = script._forward
+
+    def forward(model: Any, cache: Any, views: Any, tokens: Any) -> Any:
+        if script.concluding and len(script._now) == 50:
+            run.stop()
+        return real(model, cache, views, tokens)
+
+    script._forward = forward
+    (conclusion,) = [event for event in run if event.kind == "conclusion"]
+    assert conclusion.text == CLOSING.closing + "x" * 11
+    assert run.result().stopped_by == "max_steps"
