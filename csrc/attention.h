@@ -113,9 +113,11 @@ struct Part {
   int32_t head_row;             // rows from the worker's token 0, head 0 to first_row
 };
 
-// A row group's pass over a chunk, by those of its rows that see a key of it.
+// A row group's pass over a chunk, by those of its rows that see a key of it. Several chunks that
+// share a tile are passed over at once, by rows of workers from whom the same segments are hidden:
+// of [chunk, chunk_end) those that are not.
 struct Visit {
-  int32_t chunk;
+  int32_t chunk, chunk_end;
   int32_t span_begin, span_end;
 };
 

@@ -19,7 +19,7 @@ std::unique_ptr<StepPlan> make_plan(const Ints& offsets, const Ints& lengths,
                                     const std::optional<Ints>& key_start,
                                     const std::optional<Ints>& tile_pages,
                                     const std::optional<Ints>& slots, bool packed,
-                                    int32_t row_group) {
+                                    int32_t row_group, int32_t shared_keys) {
   const PlanInput input{int32_t(query_lengths.size()),
                         int32_t(lengths.size()),
                         group,
@@ -28,6 +28,7 @@ std::unique_ptr<StepPlan> make_plan(const Ints& offsets, const Ints& lengths,
                         window,
                         packed,
                         row_group,
+                        shared_keys,
                         offsets.data(),
                         lengths.data(),
                         query_lengths.data(),
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("PAGE_SIZE") = TILE;
   m.attr("MAX_DIM") = MAX_DIM;
   m.attr("ROW_GROUP") = ROW_GROUP;
+  m.attr("SHARED_KEYS") = cpu::SHARED_KEYS;
   m.attr("FLOAT32") = int(DType::Float32);
   m.attr("FLOAT16") = int(DType::Float16);
   m.attr("BFLOAT16") = int(DType::BFloat16);
@@ -188,7 +190,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inv_freq"), py::arg("group"), py::arg("kv_heads"), py::arg("window") = 0,
            py::arg("key_start") = py::none(), py::arg("tile_pages") = py::none(),
            py::arg("slots") = py::none(), py::arg("packed") = false,
-           py::arg("row_group") = ROW_GROUP)
+           py::arg("row_group") = ROW_GROUP, py::arg("shared_keys") = 0)
       .def_property_readonly(
           "chunks",
           [](const StepPlan& s) {

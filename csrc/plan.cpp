@@ -44,6 +44,7 @@ Plan::Plan(const PlanInput& input, FillAngles fill_angles) {
   slots_ = copy(input.slots, view_.num_tokens);
 
   cut_chunks(input.kv_heads);
+  share_tiles(input.shared_keys);
   group_rows(input.group, input.row_group);
   list_visits(input.group);
   tabulate_angles(input, fill_angles);
@@ -60,6 +61,43 @@ void Plan::cut_chunks(int32_t kv_heads) {
     for (int64_t begin = 0; begin < length; begin += step)
       chunks_.push_back({s, int32_t(begin), int32_t(std::min(begin + step, length))});
   }
+}
+
+// Short segments that follow each other in a worker's eyes share a tile, as many as fit: what it
+// costs to take the softmax of a tile and to fold its result is then paid once for all of them.
+// Each begins at an even place, because half types are multiplied in pairs.
+void Plan::share_tiles(int32_t most_keys) {
+  const int32_t W = view_.num_workers, S = view_.num_segments, count = int32_t(chunks_.size());
+  const auto sees = [&](int32_t w, int32_t s) { return offsets_[int64_t(w) * S + s] != HIDDEN; };
+  std::vector<int32_t> first_worker;  // of each outlook
+  for (int32_t w = 0; w < W; ++w) {
+    const auto same = [&](int32_t other) {
+      for (int32_t s = 0; s < S; ++s)
+        if (lengths_[s] > 0 && sees(w, s) != sees(other, s)) return false;
+      return true;
+    };
+    const auto found = std::find_if(first_worker.begin(), first_worker.end(), same);
+    outlook_.push_back(int32_t(found - first_worker.begin()));
+    if (found != first_worker.end()) continue;
+    first_worker.push_back(w);
+    tile_end_.resize(tile_end_.size() + count);
+    int32_t* ends = tile_end_.data() + tile_end_.size() - count;
+    int32_t begin = -1, keys = TILE;  // of the tile that is being filled
+    for (int32_t c = 0; c < count; ++c) {
+      const Chunk& chunk = chunks_[c];
+      if (!sees(w, chunk.segment)) continue;
+      const bool is_short = lengths_[chunk.segment] <= most_keys;
+      const int32_t more = is_short ? (chunk.end + 1) / 2 * 2 : TILE;
+      if (keys + more > TILE) begin = c, keys = 0;
+      ends[begin] = c + 1;
+      keys += more;
+    }
+  }
+}
+
+// One past the last chunk of the tile that begins with `chunk`, 0 where none does.
+int32_t Plan::tile_end(int32_t part, int32_t chunk) const {
+  return tile_end_[int64_t(outlook_[parts_[part].worker]) * int64_t(chunks_.size()) + chunk];
 }
 
 // Workers line up by what they see, so that those who read the same segments share a group.
@@ -96,28 +134,47 @@ void Plan::group_rows(int32_t group, int32_t most_rows) {
   }
 }
 
+// The rows of a part that see a key of the chunks.
+void Plan::add_spans(int32_t p, int32_t chunk, int32_t chunk_end, int32_t group) {
+  const Part& part = parts_[p];
+  const int64_t rows = part.last_row - part.first_row;
+  int64_t first = rows, last = 0;
+  for (int32_t c = chunk; c < chunk_end; ++c) {
+    const int64_t offset = offsets_[int64_t(part.worker) * view_.num_segments + chunks_[c].segment];
+    if (offset == HIDDEN) continue;
+    // Tokens i with offset + i >= begin (causal) and offset + i - window < end - 1.
+    const int64_t first_token = chunks_[c].begin - offset;
+    const int64_t last_token = chunks_[c].end - 1 + view_.window - offset;
+    const int64_t from = std::clamp<int64_t>(first_token * group - part.head_row, 0, rows);
+    const int64_t to = std::clamp<int64_t>(
+        std::min<int64_t>(last_token, view_.max_query) * group - part.head_row, 0, rows);
+    if (from >= to) continue;
+    first = std::min(first, from);
+    last = std::max(last, to);
+  }
+  if (first < last)
+    spans_.push_back({p, int32_t(part.first_row + first), int32_t(part.first_row + last)});
+}
+
 void Plan::list_visits(int32_t group) {
   for (RowGroup& g : groups_) {
     g.visit_begin = int32_t(visits_.size());
-    for (int32_t c = 0; c < int32_t(chunks_.size()); ++c) {
-      const Chunk& chunk = chunks_[c];
+    const auto add_visit = [&](int32_t chunk, int32_t end, auto takes_part) {
       const int32_t span_begin = int32_t(spans_.size());
-      for (int32_t p = g.part_begin; p < g.part_end; ++p) {
-        const Part& part = parts_[p];
-        const int64_t offset = offsets_[int64_t(part.worker) * view_.num_segments + chunk.segment];
-        if (offset == HIDDEN) continue;
-        // Tokens i with offset + i >= begin (causal) and offset + i - window < end - 1.
-        const int64_t first_token = chunk.begin - offset;
-        const int64_t last_token = chunk.end - 1 + view_.window - offset;
-        const int64_t rows = part.last_row - part.first_row;
-        const int64_t first = std::clamp<int64_t>(first_token * group - part.head_row, 0, rows);
-        const int64_t last = std::clamp<int64_t>(
-            std::min<int64_t>(last_token, view_.max_query) * group - part.head_row, 0, rows);
-        if (first < last)
-          spans_.push_back({p, int32_t(part.first_row + first), int32_t(part.first_row + last)});
-      }
+      for (int32_t p = g.part_begin; p < g.part_end; ++p)
+        if (takes_part(p)) add_spans(p, chunk, end, group);
       if (int32_t(spans_.size()) > span_begin)
-        visits_.push_back({c, span_begin, int32_t(spans_.size())});
+        visits_.push_back({chunk, end, span_begin, int32_t(spans_.size())});
+    };
+    for (int32_t c = 0; c < int32_t(chunks_.size()); ++c) {
+      add_visit(c, c + 1, [&](int32_t p) { return tile_end(p, c) == c + 1; });
+      for (int32_t p = g.part_begin; p < g.part_end; ++p) {
+        const int32_t end = tile_end(p, c), outlook = outlook_[parts_[p].worker];
+        const auto is_alike = [&](int32_t q) { return outlook_[parts_[q].worker] == outlook; };
+        bool is_first = end > c + 1;
+        for (int32_t q = g.part_begin; q < p && is_first; ++q) is_first = !is_alike(q);
+        if (is_first) add_visit(c, end, is_alike);
+      }
     }
     g.visit_end = int32_t(visits_.size());
   }

@@ -7,9 +7,9 @@
 //               +---------+---------+---------+
 //                 ------- fold, left to right ->     one result a row
 //
-// Everything that touches arithmetic (tiles, chunks, fold order) is a function of the segments'
-// lengths and of Hkv alone. The rows only decide who travels together, so that a worker's result
-// does not depend, to the bit, on who else is in the call.
+// Everything that touches arithmetic (tiles, chunks, fold order) is a function of the lengths of
+// the segments that a worker sees and of Hkv alone. The rows only decide who travels together, so
+// that a worker's result does not depend, to the bit, on who else is in the call.
 
 #pragma once
 
@@ -29,6 +29,7 @@ struct PlanInput {
   int64_t window;                // 0: none
   bool packed;                   // queries come worker after worker, [T, H, D]
   int32_t row_group;             // most rows of a row group
+  int32_t shared_keys;           // most keys of a segment that shares a tile with its neighbours
   const int32_t* offsets;        // [W, S]
   const int32_t* lengths;        // [S]
   const int32_t* query_lengths;  // [W]
@@ -51,6 +52,9 @@ class Plan {
 
  private:
   void cut_chunks(int32_t kv_heads);
+  void share_tiles(int32_t most_keys);
+  int32_t tile_end(int32_t part, int32_t chunk) const;
+  void add_spans(int32_t part, int32_t chunk, int32_t chunk_end, int32_t group);
   void group_rows(int32_t group, int32_t most_rows);
   void list_visits(int32_t group);
   void tabulate_angles(const PlanInput& input, FillAngles fill_angles);
@@ -60,6 +64,9 @@ class Plan {
   std::vector<int32_t> offsets_, lengths_, query_lengths_, query_start_, first_tile_, tile_pages_,
       slots_;
   std::vector<Chunk> chunks_;
+  // Workers from whom the same segments are hidden have one number, and chunks that share a tile in
+  // their eyes: [numbers, num_chunks], one past the tile's last chunk, where it begins, else 0.
+  std::vector<int32_t> outlook_, tile_end_;
   std::vector<RowGroup> groups_;
   std::vector<Part> parts_;
   std::vector<Visit> visits_;

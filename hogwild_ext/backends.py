@@ -72,8 +72,8 @@ class PlanInput(NamedTuple):
     slots: Ints | None = None
     packed: bool = False
 
-    def plan(self, row_group: int) -> _C.Plan:
-        return _C.Plan(*self, row_group)
+    def plan(self, row_group: int, shared_keys: int = 0) -> _C.Plan:
+        return _C.Plan(*self, row_group, shared_keys)
 
 
 class Backend(Protocol):

@@ -44,7 +44,7 @@ class CpuBackend:
         return None
 
     def plan_step(self, layers: PagedLayers, layout: PlanInput) -> _C.Plan:
-        return layout.plan(_C.ROW_GROUP)
+        return layout.plan(_C.ROW_GROUP, _C.SHARED_KEYS)
 
     def replay(self, plan: _C.Plan, captured: _C.Plan, graph: Any) -> None:
         raise ValueError(f"graph: expected a CUDA graph of a cache on a GPU, got {graph!r}")
@@ -84,7 +84,8 @@ class CpuBackend:
         query_worker, query_token, query_head, _ = query.stride()
         out_worker, out_token, out_head, _ = out.stride()
         _C.attend_rows(
-            layout.plan(_C.ROW_GROUP), dtype, num_heads, layout.kv_heads, head_dim, out.shape[3],
+            layout.plan(_C.ROW_GROUP, _C.SHARED_KEYS), dtype, num_heads, layout.kv_heads, head_dim,
+            out.shape[3],
             (query.data_ptr(), query_worker, query_token, query_head), segments,
             (out.data_ptr(), out_worker, out_token, out_head),
             0 if lse is None else lse.data_ptr(), queries, *scoring, torch.get_num_threads(),

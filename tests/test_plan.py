@@ -13,7 +13,7 @@ TILE = _C.PAGE_SIZE
 ROW_GROUP = 64
 
 
-def make_plan(offsets, lengths, query_lengths, group=1, kv_heads=1, window=0):
+def make_plan(offsets, lengths, query_lengths, group=1, kv_heads=1, window=0, shared_keys=0):
     return _C.Plan(
         np.array(offsets, dtype=np.int32).reshape(len(query_lengths), len(lengths)),
         np.array(lengths, dtype=np.int32),
@@ -22,6 +22,7 @@ def make_plan(offsets, lengths, query_lengths, group=1, kv_heads=1, window=0):
         group,
         kv_heads,
         window,
+        shared_keys=shared_keys,
     )
 
 
@@ -105,3 +106,33 @@ def test_workers_who_see_the_same_share_a_group():
         sum(any(c == chunk for c, _ in visits) for visits in plan.visits) for chunk in (0, 1)
     ]
     assert sorted(readers) == [1, 2]  # 35 rows each in groups of 64
+
+
+# Short segments ----------------------------------------------------------------------------------
+
+
+def shared_visits(offsets, lengths, query_lengths=None):
+    plan = make_plan(offsets, lengths, query_lengths or [1] * len(offsets), shared_keys=32)
+    (visits,) = plan.visits
+    return [(chunk, [worker for worker, _, _ in spans]) for chunk, spans in visits]
+
+
+def test_short_neighbours_share_a_tile():
+    offset = 1000
+    for lengths, begins in [
+        ([32, 32, 32], [0, 2]),
+        ([1, 31, 29], [0]),  # from even places on: 2 + 32 + 30
+        ([1, 31, 31], [0, 2]),
+        ([6, 33, 6, 6], [0, 1, 2]),
+        ([6, 0, 6], [0]),
+        ([1] * 33, [0, 32]),
+    ]:
+        visits = shared_visits([[offset] * len(lengths)], lengths)
+        assert visits == [(chunk, [0]) for chunk in begins], lengths
+
+
+def test_what_is_hidden_does_not_part_neighbours():
+    lengths, sees = [6, 50, 6, 6], 1000
+    assert shared_visits([[sees, HIDDEN, sees, sees]], lengths) == [(0, [0])]
+    offsets = [[sees, HIDDEN, sees, sees], [sees, sees, sees, HIDDEN], [sees, HIDDEN, sees, sees]]
+    assert shared_visits(offsets, lengths) == [(0, [1]), (0, [0, 2]), (1, [1]), (2, [1])]

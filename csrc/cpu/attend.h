@@ -46,6 +46,9 @@ struct Folded {
 // What is kept of each KV head of a pair.
 struct HeadState {
   alignas(64) float query[ROW_GROUP][DIM_STRIDE];
+  // Else what is read of a query and written of its rotation would be multiples of 4096 bytes
+  // apart, and processors would take the one for the other.
+  uint32_t apart[144];
   alignas(64) uint32_t rotated[ROW_GROUP][DIM_STRIDE];  // factors of keys, and their remainders
   alignas(64) float lane_sums[ROW_GROUP][LANES];
   Folded chunk, result;
@@ -56,7 +59,11 @@ struct Scratch {
   int64_t position[ROW_GROUP];  // of each row, relative to the segment's first token
   alignas(64) uint32_t keys[TILE * MAX_DIM];  // of plain tensors, as in a page
   alignas(64) uint32_t values[TILE * MAX_DIM];
-  alignas(64) uint32_t last_values[WORDS_AT_ONCE * MAX_DIM];  // of a tile that is not full
+  alignas(64) uint32_t packed_values[TILE * MAX_DIM];  // of short segments, or a tile's last ones
+  // Of chunks that share a tile:
+  uint32_t seen[ROW_GROUP];  // a bit for each that has a key which the row sees
+  bool whole[ROW_GROUP];  // whether the row sees all keys of all of them
+  alignas(64) int32_t is_key[TILE];  // -1 for the places of keys
   HeadState heads[1];  // as many as a pair has
 };
 
@@ -76,22 +83,16 @@ HOGWILD_INLINE void scale_row(float* x, int n, float factor) {
   for (int d = 0; d < n; d += LANES) store(x + d, load<vfloat>(x + d) * splat(factor));
 }
 
-// Scores become weights 2^(score - reference), 0 outside keys [first, last) of the tile; the
-// weights are factors, which may take less room, in the same place.
-template <class T>
-static void softmax_row(Scratch& s, HeadState* h, int row, int vectors, int first, int last,
-                        float cap, int padded_dim) {
+// Scores become weights 2^(score - reference), 0 where `mask` makes a score -inf; the weights are
+// factors, which may take less room, in the same place.
+template <class T, class Mask>
+HOGWILD_INLINE void softmax_row(Scratch& s, HeadState* h, int row, int vectors, float cap,
+                                int padded_dim, Mask mask) {
   float* x = s.scores[row];
   if (cap != 0.f)
     for (int v = 0; v < vectors; ++v)
       store(x + v * LANES, splat(cap) * tanh(load<vfloat>(x + v * LANES)));
-  if (first > 0 || last < vectors * LANES)
-    for (int v = 0; v < vectors; ++v) {
-      const vint key = counting(v * LANES);
-      const vfloat score = load<vfloat>(x + v * LANES);
-      store(x + v * LANES,
-            (key >= splat(first)) & (key < splat(last)) ? score : splat(-__builtin_inff()));
-    }
+  mask(x);
 
   vfloat top = load<vfloat>(x);
   for (int v = 1; v < vectors; ++v) top = max(top, load<vfloat>(x + v * LANES));
@@ -117,6 +118,17 @@ static void softmax_row(Scratch& s, HeadState* h, int row, int vectors, int firs
   // Products in tiles take two vectors of weights at once.
   if (IN_TILES<T> && vectors % 2) store_factors<T>(x, vectors * LANES, vfloat{});
   store(h->lane_sums[row], sum);
+}
+
+// Scores outside keys [first, last) of the tile become -inf.
+HOGWILD_INLINE void mask_keys(float* x, int vectors, int first, int last) {
+  if (first == 0 && last == vectors * LANES) return;
+  for (int v = 0; v < vectors; ++v) {
+    const vint key = counting(v * LANES);
+    const vfloat score = load<vfloat>(x + v * LANES);
+    store(x + v * LANES,
+          (key >= splat(first)) & (key < splat(last)) ? score : splat(-__builtin_inff()));
+  }
 }
 
 // ---- tiles of plain tensors ---------------------------------------------------------------
@@ -161,12 +173,13 @@ struct Attention {
   const PlanView& plan;
   const Heads& heads;
   Scratch& s;
-  const int key_words;   // of a key
+  const int key_words;  // of a key
+  const int remainders;  // where they lie behind the factors of keys, in words; 0: there are none
   const int padded_dim;  // of the accumulators
   Multiplier multiply;
   int first_head = 0, num_heads = 0;  // of the pair
-  int head = 0;                       // the one that is being worked on
-  HeadState* h;                       // its state
+  int head = 0;  // the one that is being worked on
+  HeadState* h;  // its state
 
   Attention(const AttendArgs& a, Scratch& scratch)
       : args(a),
@@ -174,6 +187,8 @@ struct Attention {
         heads(a.heads),
         s(scratch),
         key_words(a.heads.head_dim / PER_WORD<T>),
+        remainders(MULTIPLIES_PAIRS<T> ? (a.heads.head_dim + 2 * LANES - 1) / (2 * LANES) * LANES
+                                       : 0),
         padded_dim((a.heads.value_dim + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK),
         h(scratch.heads) {}
 
@@ -268,28 +283,34 @@ struct Attention {
       for (int row = plan.spans[i].first; row < plan.spans[i].last; ++row) body(row);
   }
 
+  // The factors of the scores go in with the queries.
   void load_queries(const RowGroup& group) {
     const hogwild::TokenTensor& q = args.query;
+    const float softcap = args.scoring.softcap;
+    const float factor =
+        softcap != 0.f ? args.scoring.scale / softcap : args.scoring.scale * LOG2_E;
+    const float rotary_factor = factor * args.rope.scale;
     for (int p = group.part_begin; p < group.part_end; ++p) {
       const Part& part = plan.parts[p];
       for_rows_of(part, [&](int row, int token, int query_head) {
         const E* from = (const E*)q.data + part.worker * q.worker_stride +
                         (plan.query_start[part.worker] + int64_t(token)) * q.token_stride +
                         query_head * q.head_stride;
-        for (int d = 0; d < heads.head_dim; ++d) h->query[row][d] = T::widen(from[d]);
+        float* to = h->query[row];
+        const int D = heads.head_dim, rotary = 2 * plan.half_rotary;
+        for (int d = 0; d < rotary; ++d) to[d] = T::widen(from[d]) * rotary_factor;
+        for (int d = rotary; d < D; ++d) to[d] = T::widen(from[d]) * factor;
+        for (int d = D; d % (2 * LANES); ++d) to[d] = 0.f;
       });
     }
   }
 
   // Rotates, afresh from the unrotated query, the rows of all workers that see the segment, by
-  // offset + i: the angles of the two are added, in float32; those of i = 0 are exact. The factor
-  // of the scores goes in as well. Where factors are rounded, what that leaves is kept beside them:
-  // a score is then as exact as a product with the query itself.
+  // offset + i: the angles of the two are added, in float32; those of i = 0 are exact. Factors that
+  // have fewer bits are kept in two parts: a score is then as exact as a product with the query
+  // itself.
   void enter_segment(const RowGroup& group, int segment) {
-    const int D = heads.head_dim, words = key_words, half = plan.half_rotary;
-    const float softcap = args.scoring.softcap;
-    const float factor =
-        softcap != 0.f ? args.scoring.scale / softcap : args.scoring.scale * LOG2_E;
+    const int half = plan.half_rotary;
     float combined[2][MAX_DIM / 2];
     for (int p = group.part_begin; p < group.part_end; ++p) {
       const Part& part = plan.parts[p];
@@ -311,19 +332,56 @@ struct Attention {
           cos = combined[0], sin = combined[1];
           known = token;
         }
+        multiply.ahead.step();
         s.position[row] = int64_t(plan.offsets[at]) + token;
-        alignas(64) float x[MAX_DIM];
-        for (int d = 0; d < D; ++d) x[d] = h->query[row][d];
-        rotate(x, cos, sin, half, args.rope.interleaved, args.rope.scale);
-        for (int d = D; d % LANES; ++d) x[d] = 0.f;
-        uint32_t* rotated = h->rotated[row];
-        for (int d = 0; d < D; d += LANES) {
-          const vfloat exact = load<vfloat>(x + d) * splat(factor);
-          const vfloat kept = store_factors<T>(rotated, d, exact);
-          if constexpr (MULTIPLIES_PAIRS<T>) store_factors<T>(rotated + words, d, exact - kept);
-        }
+        rotate_row(row, cos, sin);
       });
     }
+  }
+
+  void rotate_row(int row, const float* cos, const float* sin) {
+    constexpr int STEP = 2 * LANES;
+    const int D = heads.head_dim, half = plan.half_rotary;
+    const float* x = h->query[row];
+    uint32_t* rotated = h->rotated[row];
+    int done = 0;
+    alignas(64) float y[MAX_DIM];
+    if (!args.rope.interleaved && half % STEP == 0) {
+      for (int j = 0; j < half; j += STEP) {
+        vfloat low[2], high[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int at = j + i * LANES;
+          const vfloat a = load<vfloat>(x + at), b = load<vfloat>(x + half + at);
+          const vfloat c = load<vfloat>(cos + at), s = load<vfloat>(sin + at);
+          low[i] = a * c - b * s;
+          high[i] = a * s + b * c;
+        }
+        store_split_factors<T>(rotated, remainders, j, low[0], low[1]);
+        store_split_factors<T>(rotated, remainders, half + j, high[0], high[1]);
+      }
+      done = 2 * half;
+    } else {
+      __builtin_memcpy(y, x, sizeof y);
+      rotate(y, cos, sin, half, args.rope.interleaved, 1.f);
+      x = y;
+    }
+    for (int d = done; d < D; d += STEP)
+      store_split_factors<T>(rotated, remainders, d, load<vfloat>(x + d),
+                             load<vfloat>(x + d + LANES));
+  }
+
+  // Keys [first, last) of a chunk that a worker's token sees.
+  struct Seen {
+    int first, last;
+  };
+
+  Seen seen_of(const Chunk& chunk, int worker, int token) {
+    const int64_t offset = plan.offsets[int64_t(worker) * plan.num_segments + chunk.segment];
+    if (offset == hogwild::HIDDEN) return {0, 0};
+    const int64_t first = offset + token - plan.window + 1, last = offset + token + 1;
+    return {first > 0 ? int(first < chunk.end ? first : chunk.end) : 0,
+            last < chunk.end ? int(last) : chunk.end};
   }
 
   // The runs of consecutive rows that see a key of [begin, end); returns how many.
@@ -409,15 +467,16 @@ struct Attention {
     if (rest) {
       multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(
           weights + factor_words<T>(words * PER_WORD<T>), 0, rows,
-          last_values(value, words, rest, AT_ONCE), AT_ONCE, padded_dim, out, add || words);
+          last_values(value, words, rest, AT_ONCE, s.packed_values), AT_ONCE, padded_dim, out,
+          add || words);
     }
   }
 
-  // A tile's last `count` values, followed by zeros to make `words` of them: what the page holds
-  // there is nobody's, and a weight of zero would not hide it if it is not a number.
-  Tile last_values(Tile value, int first, int count, int words) {
+  // `count` values from a tile's word `first` on, followed by zeros to make `words` of them: what
+  // the page holds there is nobody's, and a weight of zero would not hide it if it is not a number.
+  Tile last_values(Tile value, int first, int count, int words, uint32_t* to) {
+    const Tile packed{to, padded_dim, COLUMN_BLOCK};
     const uint32_t* from = value.words + first * value.stride;
-    uint32_t* to = s.last_values;
     int word = 0;
     for (; word < count / PER_WORD<T>; ++word, from += value.stride, to += padded_dim)
       for (int d = 0; d < padded_dim; d += LANES) store(to + d, load<vuint>(from + d));
@@ -428,7 +487,7 @@ struct Attention {
     }
     for (; word < words; ++word, to += padded_dim)
       for (int d = 0; d < padded_dim; d += LANES) store(to + d, vuint{});
-    return {s.last_values, padded_dim, COLUMN_BLOCK};
+    return packed;
   }
 
   // ---- a chunk's partial result -------------------------------------------------------------
@@ -470,16 +529,18 @@ struct Attention {
         const Tile key = key_tile(here, keys);
         for (int r = 0; r < count; ++r)
           multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
-              h->rotated[runs[r].first], MULTIPLIES_PAIRS<T> ? key_words : 0,
-              runs[r].last - runs[r].first, key, key_words, key_blocks * COLUMN_BLOCK,
-              s.scores[runs[r].first], false);
+              h->rotated[runs[r].first], remainders, runs[r].last - runs[r].first, key, key_words,
+              key_blocks * COLUMN_BLOCK, s.scores[runs[r].first], false);
         for (int r = 0; r < count; ++r)
           for (int row = runs[r].first; row < runs[r].last; ++row) {
             multiply.ahead.step();
             const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
             const int64_t first = place - plan.window + 1;
-            softmax_row<T>(s, h, row, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
-                           place + 1 < keys ? int(place + 1) : keys, cap, padded_dim);
+            softmax_row<T>(
+                s, h, row, key_blocks * BLOCK_VECTORS, cap, padded_dim, [&](float* scores) {
+                  mask_keys(scores, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
+                            place + 1 < keys ? int(place + 1) : keys);
+                });
           }
         const Tile value = value_tile(here, keys);
         for (int r = 0; r < count; ++r) weigh_values(runs[r], value, keys, begun);
@@ -490,6 +551,138 @@ struct Attention {
     for_heads([&] {
       for_rows_of(visit,
                   [&](int row) { h->chunk.sum[row] = sum_lanes(load<vfloat>(h->lane_sums[row])); });
+    });
+  }
+
+  // ---- chunks that share a tile --------------------------------------------------------------
+  // Each has a product of its own with the queries as they are rotated for it. Their scores lie
+  // side by side, and from there on they are one tile of keys.
+
+  static int places_of(int keys) { return (keys + 1) / 2 * 2; }
+
+  struct SharedTile {
+    int chunks[TILE / 2];  // those that are not hidden from the visit's workers
+    int count = 0, places = 0;
+  };
+
+  // Fills s.seen, s.whole and s.is_key as well.
+  SharedTile survey(const Visit& visit) {
+    SharedTile tile;
+    const int worker = plan.parts[plan.spans[visit.span_begin].part].worker;
+    for (int c = visit.chunk; c < visit.chunk_end; ++c) {
+      const Chunk& chunk = plan.chunks[c];
+      if (plan.offsets[int64_t(worker) * plan.num_segments + chunk.segment] == hogwild::HIDDEN)
+        continue;
+      tile.chunks[tile.count++] = c;
+      for (int k = 0; k < places_of(chunk.end); ++k)
+        s.is_key[tile.places++] = k < chunk.end ? -1 : 0;
+    }
+    for (int k = tile.places; k % COLUMN_BLOCK; ++k) s.is_key[k] = 0;
+    for (int i = visit.span_begin; i < visit.span_end; ++i) {
+      const Part& part = plan.parts[plan.spans[i].part];
+      int known = -1;  // the token of these two
+      uint32_t seen = 0;
+      bool whole = true;
+      for_rows_of(part, [&](int row, int token, int) {
+        if (token != known) {
+          known = token, seen = 0, whole = true;
+          for (int c = 0; c < tile.count; ++c) {
+            const Chunk& chunk = plan.chunks[tile.chunks[c]];
+            const Seen keys = seen_of(chunk, part.worker, token);
+            if (keys.first < keys.last) seen |= 1u << c;
+            whole &= keys.first == 0 && keys.last == chunk.end;
+          }
+        }
+        s.seen[row] = seen, s.whole[row] = whole;
+      });
+    }
+    return tile;
+  }
+
+  // Scores of what a worker's token does not see become -inf.
+  void mask_places(float* x, int vectors, const SharedTile& tile, int row, int worker, int token) {
+    for (int v = 0; v < vectors; ++v) {
+      const vfloat score = load<vfloat>(x + v * LANES);
+      store(x + v * LANES, load<vint>(s.is_key + v * LANES) ? score : splat(-__builtin_inff()));
+    }
+    if (s.whole[row]) return;
+    for (int c = 0; c < tile.count; ++c) {
+      const Chunk& chunk = plan.chunks[tile.chunks[c]];
+      const Seen keys = seen_of(chunk, worker, token);
+      for (int k = 0; k < chunk.end; ++k)
+        if (k < keys.first || k >= keys.last) x[k] = -__builtin_inff();
+      x += places_of(chunk.end);
+    }
+  }
+
+  // The values of the chunks with a bit in `seen`, zeros for the others: a weight of zero would not
+  // hide what is not a number.
+  Tile pack_values(const SharedTile& tile, uint32_t seen, int words) {
+    uint32_t* to = s.packed_values;
+    for (int c = 0; c < tile.count; ++c) {
+      const Chunk& chunk = plan.chunks[tile.chunks[c]];
+      const int keys = seen >> c & 1 ? chunk.end : 0;
+      const int some = places_of(chunk.end) / PER_WORD<T>;
+      last_values(keys ? value_tile({head, chunk.segment, 0}, keys) : Tile{}, 0, keys, some, to);
+      to += some * padded_dim;
+      words -= some;
+    }
+    last_values(Tile{}, 0, 0, words, to);
+    return {s.packed_values, padded_dim, COLUMN_BLOCK};
+  }
+
+  void attend_shared(const RowGroup& group, const Visit& visit, TilePlace next) {
+    constexpr int AT_ONCE = IN_TILES<T> ? WORDS_AT_ONCE : 1;
+    const SharedTile tile = survey(visit);
+    const int vectors = (tile.places + COLUMN_BLOCK - 1) / COLUMN_BLOCK * BLOCK_VECTORS;
+    const int words = (tile.places / PER_WORD<T> + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    const Run rows{plan.spans[visit.span_begin].first, plan.spans[visit.span_end - 1].last};
+    const float cap = args.scoring.softcap * LOG2_E;
+
+    for_heads([&] {
+      float* scores = s.scores[rows.first];
+      for (int c = 0; c < tile.count; ++c) {
+        const TilePlace here{head, plan.chunks[tile.chunks[c]].segment, 0};
+        const int keys = keys_of(here);
+        if (head == first_head)
+          look_ahead(&rows, 1, keys,
+                     c + 1 < tile.count
+                         ? TilePlace{head, plan.chunks[tile.chunks[c + 1]].segment, 0}
+                         : next);
+        enter_segment(group, here.segment);
+        multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
+            h->rotated[rows.first], remainders, rows.last - rows.first, key_tile(here, keys),
+            key_words, (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK, scores, false);
+        scores += places_of(keys);
+      }
+      for (int i = visit.span_begin; i < visit.span_end; ++i) {
+        const Span& span = plan.spans[i];
+        const Part& part = plan.parts[span.part];
+        for (int row = span.first; row < span.last; ++row) {
+          const int token = (part.head_row + row - part.first_row) / heads.group;
+          h->chunk.max[row] = -__builtin_inff();
+          store(h->lane_sums[row], vfloat{});
+          softmax_row<T>(s, h, row, vectors, cap, padded_dim,
+                         [&](float* x) { mask_places(x, vectors, tile, row, part.worker, token); });
+          h->chunk.sum[row] = sum_lanes(load<vfloat>(h->lane_sums[row]));
+        }
+      }
+      Run run{0, 0};
+      const auto weigh = [&] {
+        if (run.first == run.last) return;
+        multiply.template operator()<T, SCORE_STRIDE, DIM_STRIDE>(
+            (const uint32_t*)s.scores[run.first], 0, run.last - run.first,
+            pack_values(tile, s.seen[run.first], words), words, padded_dim, h->chunk.out[run.first],
+            false);
+      };
+      for_rows_of(visit, [&](int row) {
+        if (row != run.last || s.seen[row] != s.seen[run.first]) {
+          weigh();
+          run.first = row;
+        }
+        run.last = row + 1;
+      });
+      weigh();
     });
   }
 
@@ -626,11 +819,16 @@ struct Attention {
       for (int v = first; v < last; ++v) {
         const Visit& visit = plan.visits[group.visit_begin + v];
         const int segment = plan.chunks[visit.chunk].segment;
-        if (segment != entered) {
-          for_heads([&] { enter_segment(group, segment); });
-          entered = segment;
+        if (visit.chunk_end > visit.chunk + 1) {
+          attend_shared(group, visit, tile_after(pair, v));
+          entered = -1;
+        } else {
+          if (segment != entered) {
+            for_heads([&] { enter_segment(group, segment); });
+            entered = segment;
+          }
+          attend_chunk(visit, tile_after(pair, v));
         }
-        attend_chunk(visit, tile_after(pair, v));
         for_heads([&] {
           if (first == 0) return fold_chunk(visit);
           float* block = partial_block(*split, rows, 1 + v - split->first_stored);

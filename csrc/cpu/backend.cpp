@@ -160,8 +160,10 @@ double visit_cost(const PlanView& plan, const Visit& visit) {
   double rows = 0;
   for (int i = visit.span_begin; i < visit.span_end; ++i)
     rows += plan.spans[i].last - plan.spans[i].first;
-  const Chunk& chunk = plan.chunks[visit.chunk];
-  return (chunk.end - chunk.begin + 8) * (rows + 8);
+  double cost = 0;
+  for (int c = visit.chunk; c < visit.chunk_end; ++c)
+    cost += (plan.chunks[c].end - plan.chunks[c].begin + 8) * (rows + 8);
+  return cost;
 }
 
 constexpr double WORTH_A_RANGE = 16384;  // cost below which waking another thread does not pay

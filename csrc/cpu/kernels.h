@@ -6,6 +6,9 @@
 
 namespace hogwild::cpu {
 
+// Segments of at most so many keys share tiles with their neighbours.
+constexpr int32_t SHARED_KEYS = 32;
+
 constexpr int32_t VALUE_ALIGN = 32;  // the dimensions of values in a page are a multiple of this
 
 static inline int64_t padded_value_dim(int32_t value_dim) {

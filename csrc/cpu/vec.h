@@ -352,4 +352,26 @@ HOGWILD_INLINE vfloat store_factors(void* row, int index, vfloat v) {
   return v;
 }
 
+// Factors [index, index + 2 LANES) of a row of them, whole: where they are stored with fewer bits,
+// cut off, what that leaves follows `remainders` words behind.
+template <class T>
+HOGWILD_INLINE void store_split_factors(uint32_t* row, int remainders, int index, vfloat a,
+                                        vfloat b) {
+#if defined(__AVX512BF16__)
+  if constexpr (MULTIPLIES_PAIRS<T>) {
+    vuint upper_halves;  // indices of 16-bit elements of a and b
+    for (int i = 0; i < LANES; ++i) upper_halves[i] = (4 * i + 1) | (4 * i + 3) << 16;
+    const vfloat rest_a = a - (vfloat)((vuint)a & 0xffff0000u);
+    const vfloat rest_b = b - (vfloat)((vuint)b & 0xffff0000u);
+    uint32_t* to = row + index / 2;
+    store(to, _mm512_maskz_permutex2var_epi16(~0u, (__m512i)a, (__m512i)upper_halves, (__m512i)b));
+    store(to + remainders, _mm512_cvtne2ps_pbh((__m512)rest_b, (__m512)rest_a));
+    return;
+  }
+#endif
+  (void)remainders;
+  store((float*)row + index, a);
+  store((float*)row + index + LANES, b);
+}
+
 }  // namespace
