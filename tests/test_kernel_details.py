@@ -185,3 +185,13 @@ def test_fewer_blocks_than_work(
     again, lse_again = case.run()
     assert_same_bits(again, out, "out")
     assert_same_bits(lse_again, lse, "lse")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dim", [8, 24, 40, 64, 104])
+def test_scores_are_those_of_unrounded_queries(dim: int, generator: torch.Generator) -> None:
+    """Where factors are rounded, what that leaves is multiplied too: with a lone key lse is its
+    score, whatever the dimension."""
+    case = random_case(generator, torch.bfloat16, [[0]] * 3, [1], [1] * 3, dim=dim)
+    (_, lse), (_, expected) = case.run(), case.reference()
+    assert (lse.double() - expected).abs().max() < 2e-4
