@@ -55,7 +55,7 @@ from hogwild_ext.bench.attention import cpu_name
 
 WORKERS = (2, 3, 4, 6)
 FILLER = {96: 16, 384: 4, 2048: 1}  # tokens a page, shared out: how many pages of the kind
-ONLY_FACTS = 4  # how many pages without any, where all facts are written at the same moment
+ONLY_FACTS = 3  # how many pages without any, where all facts are written at the same moment
 MOST_AT_ONCE = 8  # tokens of a worker in a step
 EXPLAINED = 4  # one of so many groups of pages is also read in order, and as if written alone
 DRAWS = 10_000  # of the bootstrap
@@ -283,7 +283,7 @@ def _ask(
 
 def ragged(count: int, rng: random.Random) -> list[int]:
     """`count` tokens as steps of 1 to `MOST_AT_ONCE`."""
-    sizes = []
+    sizes: list[int] = []
     while (left := count - sum(sizes)) > 0:
         sizes.append(min(left, rng.randint(1, MOST_AT_ONCE)))
     return sizes
@@ -611,7 +611,7 @@ def print_explanation(trials: Sequence[Trial]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--trials", type=int, help="questions, about (default 924; quick 121)")
+    parser.add_argument("--trials", type=int, help="questions, about (default 616; quick 121)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (default 1)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--quick", action="store_true", help="few and short pages")
@@ -629,7 +629,7 @@ def main() -> int:
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model = hx.patch(copy.deepcopy(plain))
     rng = random.Random(options.seed)
-    questions = options.trials or (121 if options.quick else 924)
+    questions = options.trials or (121 if options.quick else 616)
     filler = {96: 10, 384: 1} if options.quick else FILLER
     pages = make_pages(vocabulary, questions, rng, filler)
     trials = measure(model, plain, vocabulary, pages, rng)
