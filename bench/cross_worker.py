@@ -563,8 +563,19 @@ def print_table(trials: Sequence[Trial]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def largest_rounding(trials: Sequence[Trial]) -> float:
+    """In order against plain, nats; infinite if no page was read so."""
+    differences = [
+        abs(trial.in_order.log_probability - trial.plain.log_probability)
+        for trial in trials
+        if trial.in_order
+    ]
+    return max(differences, default=float("inf"))
+
+
 def verdicts(trials: Sequence[Trial], chance: float, dtype: str) -> list[tuple[bool, str]]:
     """What must hold, pages of facts only apart: whether it does, and the figures."""
+    rounding = largest_rounding(trials)
     trials = [trial for trial in trials if trial.filler]
     difference = interval(trials, lambda trial: trial.difference)
     hidden = interval(trials, lambda trial: trial.hidden.chosen)
@@ -584,9 +595,6 @@ def verdicts(trials: Sequence[Trial], chance: float, dtype: str) -> list[tuple[b
             f"hidden: right in {hidden:.1%}; must hold chance, {chance:.2%}",
         ),
     ]
-    rounding = max(
-        abs(t.in_order.log_probability - t.plain.log_probability) for t in trials if t.in_order
-    )
     if dtype == "float32":
         text = f"in order - plain: at most {rounding:.1e} nat; must be below {MOST_ROUNDING}"
         found.append((rounding < MOST_ROUNDING, text))
@@ -601,9 +609,9 @@ def print_explanation(trials: Sequence[Trial]) -> None:
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, has_filler in (("with filler", True), ("facts only", False)):
         some = [t for t in trials if t.in_order and t.alone and (t.filler > 0) == has_filler]
-        rounding = max(
-            abs(t.in_order.log_probability - t.plain.log_probability) for t in some if t.in_order
-        )
+        if not some:
+            continue
+        rounding = largest_rounding(some)
         alone = interval(some, lambda t: t.alone.log_probability - t.plain.log_probability)
         live = interval(some, lambda t: t.live.log_probability - t.alone.log_probability)
         print(f"| {name} | {len(some)} | {rounding:.1e} | {alone:+.3f} | {live:+.3f} |")
@@ -614,7 +622,11 @@ def main() -> int:
     parser.add_argument("--trials", type=int, help="questions, about (default 616; quick 121)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (default 1)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--quick", action="store_true", help="few and short pages")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few and short pages, too few for so narrow an interval",
+    )
     parser.add_argument("--threads", type=int, help="of torch (default: one a core)")
     parser.add_argument("--json", type=Path, help="a file for all trials")
     options = parser.parse_args()

@@ -286,3 +286,8 @@ def test_a_run(
     table = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert table[-1].startswith("| facts only")
+    cw.print_explanation([trial for trial in found if trial.filler == 0])
+    explanation = capsys.readouterr().out.splitlines()
+    assert len(explanation) == 3 and explanation[-1].startswith("| facts only")
+    assert len(cw.verdicts([trial for trial in found if trial.filler], 1 / 16, "float32")) == 4
+    assert cw.largest_rounding([]) == float("inf")
