@@ -1,4 +1,4 @@
-"""The command `hogwild`: `hogwild run`, `hogwild bench` and `hogwild info`.
+"""The command `hogwild`: `hogwild run`, `hogwild view`, `hogwild bench` and `hogwild info`.
 
 The model libraries are imported when a command needs them. What a command produces goes to stdout,
 what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C; 1
@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for models that reason (default), or the short ones for small models",
     )  # fmt: skip
 
+    _add_view(commands, common)
     _add_bench(commands, common)
 
     info = commands.add_parser(
@@ -207,6 +208,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_view(commands: Any, common: argparse.ArgumentParser) -> None:
+    view = commands.add_parser(
+        "view",
+        parents=[common],
+        help="make a page to look at a run, token by token",
+        description="Makes one HTML file of a trace of `hogwild run --trace`: what the workers "
+        "wrote along time, and for each token what its writer could see. The page needs a "
+        "browser, and no network.",
+    )
+    view.set_defaults(command=_view_trace)
+    view.add_argument("trace", type=Path, metavar="TRACE", help="as in run.jsonl")
+    view.add_argument(
+        "--output", "-o", type=Path, metavar="PAGE.html",
+        help="the file to write (default: beside the trace, with the ending .html)",
+    )  # fmt: skip
 
 
 def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -361,6 +379,40 @@ def _prompts(options: argparse.Namespace) -> int:
     from .prompts import REASONING, SHORT
 
     print((SHORT if options.which == "short" else REASONING).as_toml(), end="")
+    return 0
+
+
+# ---- hogwild view --------------------------------------------------------------------------------
+
+
+def _view_trace(options: argparse.Namespace) -> int:
+    from . import trace, viewer
+
+    path: Path = options.trace
+    output: Path = options.output or path.with_suffix(".html")
+    if path.is_dir():
+        raise CommandError(f"expected a trace, got the folder {path}")
+    if not path.exists():
+        raise CommandError(f"there is no file {path}. To make one: hogwild run --trace {path}")
+    if output.exists() and output.samefile(path):
+        raise CommandError(f"--output: expected another file than the trace, got {output}")
+    read = trace.read(path)
+    try:
+        text = viewer.page(read)
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from None
+    try:
+        output.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise CommandError(f"--output: cannot write {output}: {error.strerror}") from None
+    steps = sum(line["kind"] == "step" for line in read.lines)
+    if not read.is_complete:
+        _say(
+            "the trace has no end: the run was cut off, or is still going on. The page shows "
+            f"its {steps} step{'s' * (steps != 1)} so far"
+        )
+    where = output.resolve().as_uri()
+    _say(f"wrote {output} ({steps} steps, {len(text) / 1e6:.1f} MB). Open it in a browser: {where}")
     return 0
 
 
