@@ -63,9 +63,12 @@ void Plan::cut_chunks(int32_t kv_heads) {
   }
 }
 
+constexpr size_t FEWEST_SHARING = 16;
+
 // Short segments that follow each other in a worker's eyes share a tile, as many as fit: what it
 // costs to take the softmax of a tile and to fold its result is then paid once for all of them.
-// Each begins at an even place, because half types are multiplied in pairs.
+// Each begins at an even place, because half types are multiplied in pairs. Only long runs of them:
+// workers from whom different segments are hidden cannot go through a shared tile together.
 void Plan::share_tiles(int32_t most_keys) {
   const int32_t W = view_.num_workers, S = view_.num_segments, count = int32_t(chunks_.size());
   const auto sees = [&](int32_t w, int32_t s) { return offsets_[int64_t(w) * S + s] != HIDDEN; };
@@ -82,15 +85,20 @@ void Plan::share_tiles(int32_t most_keys) {
     first_worker.push_back(w);
     tile_end_.resize(tile_end_.size() + count);
     int32_t* ends = tile_end_.data() + tile_end_.size() - count;
-    int32_t begin = -1, keys = TILE;  // of the tile that is being filled
-    for (int32_t c = 0; c < count; ++c) {
-      const Chunk& chunk = chunks_[c];
-      if (!sees(w, chunk.segment)) continue;
-      const bool is_short = lengths_[chunk.segment] <= most_keys;
-      const int32_t more = is_short ? (chunk.end + 1) / 2 * 2 : TILE;
-      if (keys + more > TILE) begin = c, keys = 0;
-      ends[begin] = c + 1;
-      keys += more;
+    std::vector<int32_t> seen;
+    for (int32_t c = 0; c < count; ++c)
+      if (sees(w, chunks_[c].segment)) seen.push_back(c);
+    for (size_t i = 0; i < seen.size();) {
+      size_t end = i;  // of a run of short segments
+      while (end < seen.size() && lengths_[chunks_[seen[end]].segment] <= most_keys) ++end;
+      const bool shares = end - i >= FEWEST_SHARING;
+      int32_t begin = -1, keys = TILE;  // of the tile that is being filled
+      for (end = std::max(end, i + 1); i < end; ++i) {
+        const int32_t more = shares ? (chunks_[seen[i]].end + 1) / 2 * 2 : TILE;
+        if (keys + more > TILE) begin = seen[i], keys = 0;
+        ends[begin] = seen[i] + 1;
+        keys += more;
+      }
     }
   }
 }

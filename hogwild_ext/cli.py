@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument(
         "--max-tokens", type=_positive, metavar="N",
-        help="room for keys and values of this many tokens (default: the model's positions)",
+        help="room for keys and values of this many tokens (default: the model's positions, at most "
+        "65536)",
     )  # fmt: skip
 
     asking = run.add_argument_group("asking the workers")
@@ -593,7 +594,7 @@ def _run(options: argparse.Namespace) -> int:
         view.end(result, _summary(result, max_steps))
     if options.trace is not None:
         _say(f"wrote {options.trace}; to look at it: hogwild view {options.trace}")
-    return 130 if result.stopped_by == "interrupted" else 0
+    return 130 if result.stopped_by in (None, "interrupted") else 0
 
 
 def _check_output(option: str, path: Path) -> None:

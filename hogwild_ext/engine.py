@@ -185,8 +185,9 @@ class Hogwild:
         question_every: a worker that has written this many tokens since it was last asked finds
             `prompts.question` in front of its next paragraph: whether it does what another does
             already. None: never. A lone worker is not asked.
-        final_answer: called with a worker's paragraph so far whenever it grows; what it returns,
-            unless None, is the final answer and ends the run. By default `boxed_answer`.
+        final_answer: called with a worker's paragraph so far whenever it grows, and with a
+            conclusion so far, closing text included; what it returns, unless None, is the final
+            answer and ends the run. By default `boxed_answer`.
         answer_tokens: how long a worker may write behind `prompts.closing` when the steps or the
             context run out, or all have ended, without an answer; it does so greedily. Room for
             it is kept free. 0, or prompts without a closing text: the run ends without.
@@ -246,8 +247,11 @@ class Hogwild:
         self.answer_tokens = checks.is_integer("answer_tokens", answer_tokens, 0)
         self.closing = self.encode(prompts.closing) if self.answer_tokens else []
         self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
-        never = [tokens for text in prompts.forbidden(self.names) if (tokens := self.encode(text))]
-        never += [[token] for token in _special(tokenizer) - self.ends_of_sequence]
+        never = [self.encode(text) for text in prompts.forbidden(self.names)]
+        never += [[token] for token in sorted(_special(tokenizer) - self.ends_of_sequence)]
+        # A tokenizer may know tokens that the model has no logits for.
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        never = [tokens for tokens in never if tokens and max(tokens) < self.vocab_size]
         self.sampler = Sampler(generation_config, logits_processors, never)
         plain = GenerationConfig(
             bad_words_ids=generation_config.bad_words_ids,
@@ -394,6 +398,7 @@ class _Worker:
     opens: bool = True  # they end with the heading of a paragraph
     closes: bool = False  # they are the end of one
     tokens: list[int] = field(default_factory=list)  # generated
+    heading_tokens: list[int] = field(default_factory=list)  # of the last heading, and a question
     asked_at: int = 0  # how many there were when it was last asked whether its work is redundant
     committed: int = 0  # paragraphs
     ended: bool = False
@@ -466,7 +471,8 @@ class Run:
             for index, name in enumerate(names)
         ]
         first = [self._team.encode(text) for text in team.prompts.forbidden_first(names)]
-        self._not_first = sorted({tokens[0] for tokens in first if tokens})
+        known = team.vocab_size
+        self._not_first = sorted({tokens[0] for tokens in first if tokens and tokens[0] < known})
         self._recorder = None if trace is None else self._open_trace(trace, problem)
         self._events = self._play()
 
@@ -558,13 +564,14 @@ class Run:
             rows = self._opening_rows()
             while self._stopped_by is None:
                 events = self._step(rows)
-                if self._stopped_by is None and self._steps in self._budgets:
-                    events.append(self._take_snapshot())
+                wanted = self._steps in self._budgets and not self._stop_wanted
+                if self._stopped_by is None and wanted:
+                    events += self._take_snapshot()
                 if self._stopped_by is None:
                     self._stopped_by = self._limit()
                 if self._stopped_by is None:
                     rows = self._next_rows()
-                    if not self._fits(rows):
+                    if self._longest_view(rows) > self._team.max_position:
                         self._stopped_by = "context"
                 if self._stopped_by is not None:
                     events += self._ending()
@@ -597,7 +604,27 @@ class Run:
         """Why there must be no next step."""
         if self._stop_wanted:
             return "interrupted"
-        return "max_steps" if self._steps >= self._max_steps else None
+        if self._steps >= self._max_steps:
+            return "max_steps"
+        return "context" if self._reserve and self._room_is_short() else None
+
+    def _room_is_short(self) -> bool:
+        """Whether the next step could leave no room for a conclusion, whatever it brings.
+
+        Asked before the page changes for that step: the conclusion is to see all of it.
+        """
+        page, cache = self._page, self._cache
+        heading = max(len(worker.heading_tokens) for worker in self._workers) + 2  # longer numbers
+        new = sum(token_count(worker.pending) + heading for worker in self._workers)
+        views = [self._team.layout.view(page, worker.index) for worker in self._workers]
+        longest = max(sum(map(len, view)) for view in views)
+        if longest + new + self._reserve > self._team.max_position:
+            return True
+        moved = sum(
+            len(page.live[w.index]) for w in self._workers if w.closes
+        )  # copied, then freed
+        # The copy that a conclusion writes to shares all but a part of a page.
+        return new + moved + self._reserve + PAGE_SIZE > cache.free_tokens
 
     def _ending(self) -> list[Event]:
         """The last events: a conclusion if nobody has given an answer yet, and the stop."""
@@ -694,6 +721,9 @@ class Run:
         paragraph.start = len(self._page.live[worker.index]) + token_count(worker.pending)
         worker.pending = [*worker.pending, (tokens, above)]
         worker.decoder = TextDecoder(team.tokenizer, tokens)
+        worker.heading_tokens = team.encode(
+            paragraph.heading + prompts.paragraph_question(worker.name, number)
+        )
         worker.opens = True
 
     def _drop_paragraph(self, worker: _Worker) -> None:
@@ -708,17 +738,6 @@ class Run:
         """Tokens that must be left for a conclusion."""
         closing = self._team.closing
         return len(closing) + self._team.answer_tokens if closing else 0
-
-    def _fits(self, rows: list[_Row]) -> bool:
-        """Whether the model has the positions, and the page the room, for this step.
-
-        Without a conclusion to come, the page may be filled to its last token.
-        """
-        if self._longest_view(rows) + self._reserve > self._team.max_position:
-            return False
-        # The copy that a conclusion writes to shares all but a part of a page.
-        needed = sum(token_count(row.pieces) for row in rows) + self._reserve + PAGE_SIZE
-        return not self._reserve or needed <= self._cache.free_tokens
 
     @staticmethod
     def _longest_view(rows: list[_Row]) -> int:
@@ -836,10 +855,11 @@ class Run:
 
     # ---- being asked for an answer ----------------------------------------------------------
 
-    def _take_snapshot(self) -> Event:
+    def _take_snapshot(self) -> list[Event]:
         snapshot = self._conclude()
-        self._snapshots.append(snapshot)
-        return Event("conclusion", self._steps, snapshot.worker, text=snapshot.text)
+        if snapshot.answer is not None or not self._stop_wanted:  # else it was cut short
+            self._snapshots.append(snapshot)
+        return [Event("conclusion", self._steps, snapshot.worker, text=snapshot.text)]
 
     def _conclude(self) -> Snapshot:
         """Has a worker give its answer now, on a copy of its live segment.

@@ -63,7 +63,8 @@ class Layout(ABC):
         """The segments that `worker` reads, in its order; its own live one is the last.
 
         A text that is the same in all steps (the prompt, a heading) is encoded once, in the first
-        view that shows it, behind what stands before it there.
+        view of the first step that shows it, behind what stands before it there. One that no view
+        of the first step shows stays empty.
         """
 
 

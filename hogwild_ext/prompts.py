@@ -68,7 +68,7 @@ class Prompts:
     # Makes a worker give its final answer when there is no time left. Without, there is none.
     closing: str = ""
 
-    # A regular expression: what a finished paragraph ends with.
+    # A regular expression: what a finished paragraph ends with, in its last 64 characters.
     paragraph_end: str = _SENTENCE_END + r"[ \t]*\n\s*\n\s*"
     # What no paragraph may begin with: the first token of each is forbidden there. Left to
     # themselves, small models would rather go on with the list of headings.
@@ -80,7 +80,7 @@ class Prompts:
         for name in _NAMES:
             _check(name, getattr(self, name))
         try:
-            re.compile(self.paragraph_end)
+            re.compile(f"(?:{self.paragraph_end})\\Z")
         except re.error as error:
             raise ValueError(
                 f"paragraph_end: expected a regular expression, got {self.paragraph_end!r}: {error}"

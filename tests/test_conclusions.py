@@ -10,8 +10,23 @@ import torch
 import transformers
 
 from hogwild_ext.engine import Event, Snapshot
+from hogwild_ext.layouts import LAYOUTS
 from models import tiny_model
-from scripted import EOS, PROMPTS, STOP, VOCABULARY, A, B, Script, decode, sampled, say, team
+from scripted import (
+    EOS,
+    PROMPTS,
+    STOP,
+    TOKENIZER,
+    VOCABULARY,
+    A,
+    B,
+    Script,
+    Z,
+    decode,
+    sampled,
+    say,
+    team,
+)
 
 CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
@@ -78,10 +93,18 @@ def test_who_is_not_asked(
 
 def test_nothing_but_words_follows_a_question(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no paragraph may begin with is not the answer to the question either."""
-    prompts = replace(PROMPTS, not_first=("z",))
-    Script(monkeypatch, {"A": [A, STOP], "B": [B] * 9})
-    result = team(model, ["A", "B"], prompts=prompts, question_every=1).run("p", 4)
-    assert result.workers[0].text[3:4] not in ("", "z")
+    wishes = torch.full((VOCABULARY,), -9.0)
+    wishes[Z], wishes[B] = 9.0, 8.0
+
+    def fixed(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return wishes.where(scores != -torch.inf, scores)
+
+    options = {"logits_processors": [fixed], "paragraph_ends": lambda text: True}
+    for not_first, text in (((), "zzz"), (("z",), "bbb")):
+        prompts = replace(PROMPTS, not_first=not_first)
+        run = team(model, ["A", "B"], prompts=prompts, question_every=1, **options).stream("p", 3)
+        assert sum(event.kind == "question" for event in run) == 4
+        assert run.result().workers[0].text == text
 
 
 # ---- conclusions ---------------------------------------------------------------------------------
@@ -304,3 +327,38 @@ def test_a_conclusion_can_be_stopped(model: Any, monkeypatch: pytest.MonkeyPatch
     (conclusion,) = [event for event in run if event.kind == "conclusion"]
     assert conclusion.text == CLOSING.closing + "x" * 11
     assert run.result().stopped_by == "max_steps"
+
+
+@pytest.mark.parametrize("phase", range(8))
+@pytest.mark.parametrize("layout", ["combined", "contiguous", "interleaved"])
+def test_the_last_conclusion_sees_all_that_was_written(
+    monkeypatch: pytest.MonkeyPatch, phase: int, layout: str
+) -> None:
+    lines = {"A": ([A] * 5 + [STOP]) * 60, "B": [B] * phase + ([B] * 5 + [STOP]) * 60}
+    script = Concludes(monkeypatch, lines, ["x}"])
+    small = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=300)
+    one = team(small, ["A", "B"], prompts=CLOSING, answer_tokens=9, layout=layout)
+    result = one.run("p", 4000)
+    assert (result.stopped_by, result.answer) == ("context", "x")
+    prompt = CLOSING.opening(TOKENIZER, ["A", "B"], "p", LAYOUTS[layout]())
+    (seen,) = script.concluding
+    seen = seen.removeprefix(prompt)
+    written = result.workers[0].text
+    assert seen.count("a") == written.count("a")
+    assert seen.count("a.\n\n") == written.count("a.\n\n")
+
+
+def test_a_snapshot_that_was_cut_short_is_none(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Concludes(monkeypatch, {}, [])
+    run = team(model, 2, prompts=CLOSING).stream("p", 9, snapshots=[2])
+    real = script._forward
+
+    def forward(*arguments: Any) -> Any:
+        if len(script.passes) == 1:
+            run.stop()
+        return real(*arguments)
+
+    script._forward = forward
+    events = list(run)
+    assert run.result().snapshots == [] and events[-1].text == "interrupted"
+    assert not any(event.kind == "conclusion" for event in events)

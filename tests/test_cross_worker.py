@@ -195,7 +195,7 @@ def test_texts_are_written_at_the_same_time(
         for n in range(3, len(start))
         if seen[len(view) :][:n] == start[:n] and seen[len(view) :][n : n + 1] != start[n : n + 1]
     }
-    assert len(parts) > 3
+    assert parts
 
 
 def test_a_score() -> None:

@@ -195,3 +195,26 @@ def test_scores_are_those_of_unrounded_queries(dim: int, generator: torch.Genera
     case = random_case(generator, torch.bfloat16, [[0]] * 3, [1], [1] * 3, dim=dim)
     (_, lse), (_, expected) = case.run(), case.reference()
     assert (lse.double() - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 40])
+def test_segments_that_share_a_tile(
+    dtype: torch.dtype, window: int | None, generator: torch.Generator
+) -> None:
+    """Many short ones, of which each worker has others hidden: nothing of those reaches it, and its
+    bits are those of the worker alone."""
+    lengths = torch.randint(1, 12, (44,), generator=generator).tolist()
+    views = []
+    for skipped in ([], [0, 7, 20], range(5, 40, 9)):
+        views.append([s for s in range(44) if s not in skipped])
+    tokens = [3, 1, 2]
+    case = random_case(generator, dtype, views, lengths, tokens, window=window)
+    assert_case(case)
+    out, lse = case.run()
+    for w in range(3):
+        unseen = set(range(44)) - set(views[w])
+        values = [v * float("nan") if s in unseen else v for s, v in enumerate(case.values)]
+        alone_out, alone_lse = replace(case, values=values).worker(w).run()
+        assert_same_bits(out[w : w + 1, : tokens[w]], alone_out, "out")
+        assert_same_bits(lse[w : w + 1, : tokens[w]], alone_lse, "lse")

@@ -117,22 +117,26 @@ def shared_visits(offsets, lengths, query_lengths=None):
     return [(chunk, [worker for worker, _, _ in spans]) for chunk, spans in visits]
 
 
-def test_short_neighbours_share_a_tile():
+def test_many_short_neighbours_share_tiles():
     offset = 1000
     for lengths, begins in [
-        ([32, 32, 32], [0, 2]),
-        ([1, 31, 29], [0]),  # from even places on: 2 + 32 + 30
-        ([1, 31, 31], [0, 2]),
-        ([6, 33, 6, 6], [0, 1, 2]),
-        ([6, 0, 6], [0]),
+        ([6] * 15, range(15)),  # too few
+        ([6] * 16, [0, 10]),
+        ([32] * 16, range(0, 16, 2)),
+        ([1, 31, 29] * 6, range(0, 18, 3)),  # from even places on: 2 + 32 + 30
         ([1] * 33, [0, 32]),
+        ([6] * 8 + [0] + [6] * 8, [0, 10]),
+        ([6] * 10 + [33] + [6] * 10, range(21)),
+        ([6] * 16 + [33] + [6] * 3, [0, 10, 16, 17, 18, 19]),
     ]:
         visits = shared_visits([[offset] * len(lengths)], lengths)
         assert visits == [(chunk, [0]) for chunk in begins], lengths
 
 
 def test_what_is_hidden_does_not_part_neighbours():
-    lengths, sees = [6, 50, 6, 6], 1000
-    assert shared_visits([[sees, HIDDEN, sees, sees]], lengths) == [(0, [0])]
-    offsets = [[sees, HIDDEN, sees, sees], [sees, sees, sees, HIDDEN], [sees, HIDDEN, sees, sees]]
-    assert shared_visits(offsets, lengths) == [(0, [1]), (0, [0, 2]), (1, [1]), (2, [1])]
+    lengths, sees = [6] * 8 + [50] + [6] * 8, [1000] * 17
+    hides = [*sees[:8], HIDDEN, *sees[9:]]
+    assert shared_visits([hides], lengths) == [(0, [0]), (11, [0])]
+    alone = [(chunk, [1]) for chunk in range(17)]
+    visits = shared_visits([hides, sees, hides], lengths)
+    assert visits == [alone[0], (0, [0, 2]), *alone[1:12], (11, [0, 2]), *alone[12:]]

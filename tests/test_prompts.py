@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import hogwild_ext as hx
 from hogwild_ext.layouts import LAYOUTS, Combined
 from hogwild_ext.prompts import REASONING, SHORT, Prompts, prompts_for
 from models import tiny_model
@@ -165,6 +166,16 @@ def test_special_tokens_are_never_written(model: Any) -> None:
     assert [worker.text for worker in result.workers] == ["aaa", "aaa"]
 
 
+def test_tokens_that_the_model_does_not_know(model: Any) -> None:
+    """A tokenizer may have more special tokens than the model has logits."""
+    more = byte_tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    assert more.convert_tokens_to_ids("<more>") == VOCABULARY
+    prompts = replace(PROMPTS, never=("<more>",), not_first=("<more>",))
+    one = hx.Hogwild(model, more, 2, prompts=prompts, max_tokens=1024)
+    assert one.run("p", 3).steps == 3
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -206,6 +217,7 @@ def test_a_file_changes_what_it_has(tmp_path: Path) -> None:
         ("[how_to_read]\ncombined = 3", "mine.toml: how_to_read: expected a string for each"),
         ('user = "no place"', r"mine.toml: user: expected \{problem\}"),
         ('heading = ""', "mine.toml: heading: expected some text"),
+        ('paragraph_end = "(?i)x"', "mine.toml: paragraph_end: expected a regular expression"),
         ('paragraph_end = "("', "mine.toml: paragraph_end: expected a regular expression"),
         (b"\xff\xfe", "mine.toml: .*utf-8"),
     ],

@@ -681,7 +681,7 @@ def test_a_heading_under_which_nothing_was_written_goes_away(open_page: OpenPage
 
 
 def test_a_step_changes_little_of_a_long_page(open_page: OpenPage) -> None:
-    """What makes 2,048 steps of 3 workers smooth: a step adds its own words, and rebuilds nothing."""
+    """What makes 2,048 steps of 3 workers smooth: a step adds its words and rebuilds nothing."""
     lines = simulate(1, ("Alice", "Bob", "Carol"), steps=2048, extras=0)
     page = open_page(lines)
     page.scrub(1800)

@@ -310,33 +310,34 @@ struct Attention {
   // have fewer bits are kept in two parts: a score is then as exact as a product with the query
   // itself.
   void enter_segment(const RowGroup& group, int segment) {
+    for (int p = group.part_begin; p < group.part_end; ++p) rotate_part(plan.parts[p], segment);
+  }
+
+  void rotate_part(const Part& part, int segment) {
     const int half = plan.half_rotary;
+    const int64_t at = int64_t(part.worker) * plan.num_segments + segment;
+    if (plan.offsets[at] == hogwild::HIDDEN) return;
     float combined[2][MAX_DIM / 2];
-    for (int p = group.part_begin; p < group.part_end; ++p) {
-      const Part& part = plan.parts[p];
-      const int64_t at = int64_t(part.worker) * plan.num_segments + segment;
-      if (plan.offsets[at] == hogwild::HIDDEN) continue;
-      const float* base_cos = plan.offset_angles + at * 2 * half;
-      const float* base_sin = base_cos + half;
-      for (int j = 0; j < 2 * half; j += 16) __builtin_prefetch(base_cos + 2 * half + j);
-      const float *cos = base_cos, *sin = base_sin;
-      int known = 0;  // the token whose angles those are
-      for_rows_of(part, [&](int row, int token, int) {
-        if (token != known) {
-          const float* token_cos = plan.token_angles + int64_t(token) * 2 * half;
-          const float* token_sin = token_cos + half;
-          for (int j = 0; j < half; ++j) {
-            combined[0][j] = base_cos[j] * token_cos[j] - base_sin[j] * token_sin[j];
-            combined[1][j] = base_sin[j] * token_cos[j] + base_cos[j] * token_sin[j];
-          }
-          cos = combined[0], sin = combined[1];
-          known = token;
+    const float* base_cos = plan.offset_angles + at * 2 * half;
+    const float* base_sin = base_cos + half;
+    for (int j = 0; j < 2 * half; j += 16) __builtin_prefetch(base_cos + 2 * half + j);
+    const float *cos = base_cos, *sin = base_sin;
+    int known = 0;  // the token whose angles those are
+    for_rows_of(part, [&](int row, int token, int) {
+      if (token != known) {
+        const float* token_cos = plan.token_angles + int64_t(token) * 2 * half;
+        const float* token_sin = token_cos + half;
+        for (int j = 0; j < half; ++j) {
+          combined[0][j] = base_cos[j] * token_cos[j] - base_sin[j] * token_sin[j];
+          combined[1][j] = base_sin[j] * token_cos[j] + base_cos[j] * token_sin[j];
         }
-        multiply.ahead.step();
-        s.position[row] = int64_t(plan.offsets[at]) + token;
-        rotate_row(row, cos, sin);
-      });
-    }
+        cos = combined[0], sin = combined[1];
+        known = token;
+      }
+      multiply.ahead.step();
+      s.position[row] = int64_t(plan.offsets[at]) + token;
+      rotate_row(row, cos, sin);
+    });
   }
 
   void rotate_row(int row, const float* cos, const float* sin) {
@@ -631,7 +632,7 @@ struct Attention {
     return {s.packed_values, padded_dim, COLUMN_BLOCK};
   }
 
-  void attend_shared(const RowGroup& group, const Visit& visit, TilePlace next) {
+  void attend_shared(const Visit& visit, TilePlace next) {
     constexpr int AT_ONCE = IN_TILES<T> ? WORDS_AT_ONCE : 1;
     const SharedTile tile = survey(visit);
     const int vectors = (tile.places + COLUMN_BLOCK - 1) / COLUMN_BLOCK * BLOCK_VECTORS;
@@ -649,7 +650,8 @@ struct Attention {
                      c + 1 < tile.count
                          ? TilePlace{head, plan.chunks[tile.chunks[c + 1]].segment, 0}
                          : next);
-        enter_segment(group, here.segment);
+        for (int i = visit.span_begin; i < visit.span_end; ++i)
+          rotate_part(plan.parts[plan.spans[i].part], here.segment);
         multiply.template operator()<T, DIM_STRIDE, SCORE_STRIDE>(
             h->rotated[rows.first], remainders, rows.last - rows.first, key_tile(here, keys),
             key_words, (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK, scores, false);
@@ -820,7 +822,7 @@ struct Attention {
         const Visit& visit = plan.visits[group.visit_begin + v];
         const int segment = plan.chunks[visit.chunk].segment;
         if (visit.chunk_end > visit.chunk + 1) {
-          attend_shared(group, visit, tile_after(pair, v));
+          attend_shared(visit, tile_after(pair, v));
           entered = -1;
         } else {
           if (segment != entered) {

@@ -161,8 +161,12 @@ double visit_cost(const PlanView& plan, const Visit& visit) {
   for (int i = visit.span_begin; i < visit.span_end; ++i)
     rows += plan.spans[i].last - plan.spans[i].first;
   double cost = 0;
-  for (int c = visit.chunk; c < visit.chunk_end; ++c)
-    cost += (plan.chunks[c].end - plan.chunks[c].begin + 8) * (rows + 8);
+  const int64_t worker = plan.parts[plan.spans[visit.span_begin].part].worker;
+  for (int c = visit.chunk; c < visit.chunk_end; ++c) {
+    const Chunk& chunk = plan.chunks[c];
+    if (plan.offsets[worker * plan.num_segments + chunk.segment] == HIDDEN) continue;
+    cost += (chunk.end - chunk.begin + 8) * (rows + 8);
+  }
   return cost;
 }
 
