@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument(
         "--max-tokens", type=_positive, metavar="N",
-        help="room for keys and values of this many tokens (default: the model's positions, at most "
-        "65536)",
+        help="room for keys and values of this many tokens (default: the model's positions, "
+        "at most 65536)",
     )  # fmt: skip
 
     asking = run.add_argument_group("asking the workers")
