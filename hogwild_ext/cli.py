@@ -390,11 +390,11 @@ def _view_trace(options: argparse.Namespace) -> int:
     from . import trace, viewer
 
     path: Path = options.trace
-    output: Path = options.output or path.with_suffix(".html")
     if path.is_dir():
         raise CommandError(f"expected a trace, got the folder {path}")
     if not path.exists():
         raise CommandError(f"there is no file {path}. To make one: hogwild run --trace {path}")
+    output: Path = options.output or path.with_suffix(".html")
     if output.exists() and output.samefile(path):
         raise CommandError(f"--output: expected another file than the trace, got {output}")
     read = trace.read(path)

@@ -31,9 +31,7 @@ from scripted import (
 CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 import hogwild_ext as hx
@@ -33,9 +32,7 @@ from scripted import (
 CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

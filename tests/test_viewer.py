@@ -183,6 +183,7 @@ def test_files_that_cannot_be_used_are_named(
     before = file.read_bytes()
     assert_error(capsys, ["view", str(tmp_path / "none.jsonl")], "there is no file")
     assert_error(capsys, ["view", str(tmp_path)], "expected a trace, got the folder")
+    assert_error(capsys, ["view", "."], "expected a trace, got the folder .")
     assert_error(capsys, ["view", str(file), "-o", str(file)], "another file than the trace")
     nowhere = str(tmp_path / "nowhere" / "page.html")
     assert_error(capsys, ["view", str(file), "-o", nowhere], "cannot write")
