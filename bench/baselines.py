@@ -29,8 +29,8 @@ import transformers
 
 import hogwild_ext as hx
 from hogwild_ext import default_model
+from hogwild_ext.answers import boxed_answer
 from hogwild_ext.bench.attention import cpu_name
-from hogwild_ext.engine import boxed_answer
 
 PROBLEMS = {  # and what is right
     "pencils": (

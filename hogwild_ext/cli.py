@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     import torch
 
     from .bench.report import Report
-    from .engine import Hogwild, Result, Run
+    from .engine import Hogwild
+    from .events import Result
     from .live import View
+    from .run import Run
 
 INSTALL = 'pip install "hogwild_ext[run]"'
 INSTALL_BENCH = 'pip install "hogwild_ext[bench]"'

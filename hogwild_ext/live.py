@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from .engine import Event, Result
+    from .events import Event, Result
 
 # Everything that could move the cursor or change a terminal's state. A model may write anything.
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}

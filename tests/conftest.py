@@ -7,6 +7,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 
 import real_gpu
 from emulator import session as emulated_gpu
+
+if TYPE_CHECKING:
+    import transformers
 
 # HOGWILD_EMULATE=1: what else runs on the CPU runs on the emulated GPU; see emulator/README.md.
 # HOGWILD_TEST_GPU=1: it runs on a real one.
@@ -86,6 +90,16 @@ def _threads_restored() -> Iterator[None]:
 def one_thread(_threads_restored: None) -> None:
     """For tests of many small calls: threads that wait for each other would take all the time."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model() -> transformers.PreTrainedModel:
+    """A tiny model that speaks bytes, for tests of runs; modules with models of their own have
+    another fixture of this name."""
+    from models import tiny_model
+    from scripted import VOCABULARY
+
+    return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
 
 
 # What runs on a GPU that stands in for the CPU. Other modules never get to a backend, or say of it

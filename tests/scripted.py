@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import hogwild_ext as hx
-from hogwild_ext import engine
+from hogwild_ext import run as runs
 from hogwild_ext.prompts import Prompts
 
 EOS = 2
@@ -88,8 +88,8 @@ class Script:
         self.passes: list[list[tuple[list[int], int]]] = []
         self.brought: list[int] = []
         self.raises: dict[int, BaseException] = {}  # at which pass
-        self._forward = engine.forward
-        monkeypatch.setattr(engine, "forward", self.forward)
+        self._forward = runs.forward
+        monkeypatch.setattr(runs, "forward", self.forward)
 
     def forward(self, model: Any, cache: Any, views: Any, tokens: Any) -> torch.Tensor:
         if error := self.raises.get(len(self.passes)):

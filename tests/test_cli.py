@@ -25,7 +25,8 @@ from rich.console import Console
 
 import hogwild_ext
 from hogwild_ext import cli, default_model, engine, installation, live, packed_linear, trace
-from hogwild_ext.engine import Event
+from hogwild_ext import run as runs
+from hogwild_ext.events import EVENT_KINDS, Event, Result, Stats
 from hogwild_ext.prompts import REASONING, SHORT
 from models import tiny_model
 from scripted import VOCABULARY, byte_tokenizer
@@ -129,7 +130,7 @@ def test_whole_lines_come_behind_their_writers_name() -> None:
     say("Ann", " its", "token")
     say("Ann", " end", "end")
     say("Ben", "Broken")
-    run_result = engine.Result(None, "", [], 2, engine.Stats(), "end", 1)
+    run_result = Result(None, "", [], 2, Stats(), "end", 1)
     view.end(run_result, [("seed", "1")])
     assert out.getvalue().split("\n")[3:] == [
         "Ann: And its end", "Ben: Broken ...", "", "seed  1", "",
@@ -143,7 +144,7 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     *events, result = [json.loads(line) for line in lines]
     for event in events:
         assert list(event) == ["kind", "step", "worker", "paragraph", "token", "text"]
-        assert event["kind"] in engine.EVENT_KINDS
+        assert event["kind"] in EVENT_KINDS
         assert isinstance(event["step"], int) and isinstance(event["text"], str)
     tokens = [event for event in events if event["kind"] == "token"]
     assert [event["worker"] for event in tokens] == ["Alice", "Bob"] * 6
@@ -318,7 +319,7 @@ def test_a_terminal_gets_columns(
 def test_ctrl_c_ends_cleanly_with_what_there_is(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = engine.forward, 0
+    real, calls = runs.forward, 0
 
     def press(*args: Any) -> Any:
         nonlocal calls
@@ -328,7 +329,7 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(
             signal.raise_signal(signal.SIGINT)
         return logits
 
-    monkeypatch.setattr(engine, "forward", press)
+    monkeypatch.setattr(runs, "forward", press)
     before = signal.getsignal(signal.SIGINT)
     assert run(folder, "What?", "--max-steps", "99", "--json") == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -345,7 +346,7 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(
 def test_a_second_ctrl_c_does_not_wait_for_the_step(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = engine.forward, 0
+    real, calls = runs.forward, 0
 
     def press(*args: Any) -> Any:
         nonlocal calls
@@ -355,7 +356,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(engine, "forward", press)
+    monkeypatch.setattr(runs, "forward", press)
     assert run(folder, "What?", "--max-steps", "99", "--json") == 130
     result = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])
     assert (result["stopped_by"], result["steps"]) == ("interrupted", 3)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from hogwild_ext.engine import Event, Snapshot
+from hogwild_ext.events import Event, Snapshot
 from hogwild_ext.layouts import LAYOUTS
 from models import tiny_model
 from scripted import (
@@ -32,11 +31,6 @@ CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model() -> transformers.PreTrainedModel:
-    return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
 
 
 # ---- the question --------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
@@ -19,9 +18,12 @@ from tokenizers.models import BPE
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
 import hogwild_ext as hx
-from hogwild_ext import engine
-from hogwild_ext.engine import Event, Result, Sampler, TextDecoder, boxed_answer
+from hogwild_ext import run as runs
+from hogwild_ext.answers import boxed_answer
+from hogwild_ext.events import EVENT_KINDS, Event, Result
 from hogwild_ext.layouts import Combined
+from hogwild_ext.sampling import Sampler
+from hogwild_ext.text_decoder import TextDecoder
 from models import tiny_model
 from scripted import (
     EOS,
@@ -39,15 +41,7 @@ from scripted import (
     team,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # these models are too small for two
-
-
-@pytest.fixture(scope="module")
-def model() -> transformers.PreTrainedModel:
-    return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- a run whose tokens are written beforehand ---------------------------------------------------
@@ -145,7 +139,7 @@ def test_draws_of_a_worker_do_not_depend_on_the_others(
     scores = torch.linspace(-1, 1, VOCABULARY)
     scores[EOS] = -torch.inf
     monkeypatch.setattr(
-        engine, "forward", lambda model, cache, views, tokens: scores.expand(len(views), -1)
+        runs, "forward", lambda model, cache, views, tokens: scores.expand(len(views), -1)
     )
     tokens = {
         count: [
@@ -393,7 +387,7 @@ def test_events_tell_the_whole_run(model: Any) -> None:
     told: dict[str, str] = {"Alice": "", "Bob": "", "Carol": ""}
     tokens: dict[str, list[int]] = {name: [] for name in told}
     for event in run:
-        assert event.kind in engine.EVENT_KINDS
+        assert event.kind in EVENT_KINDS
         if event.kind in ("token", "end"):
             assert event.worker is not None and event.token is not None
             told[event.worker] += event.text
@@ -504,7 +498,7 @@ def test_text_is_decoded_as_what_follows_its_heading(
             before.append(decode(tokens))
             super().__init__(tokenizer, tokens)
 
-    monkeypatch.setattr(engine, "TextDecoder", Decoder)
+    monkeypatch.setattr(runs, "TextDecoder", Decoder)
     team(model, ["A"]).run("p", 4)
     assert [text for text in before if text] == ["#A1:", "#A2:"]
 

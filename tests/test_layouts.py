@@ -12,13 +12,11 @@ import transformers
 
 import hogwild_ext as hx
 from hogwild_ext.layouts import LAYOUTS, Combined, Layout, Page
-from models import tiny_model
 from scripted import (
     EOS,
     PROMPTS,
     STOP,
     TOKENIZER,
-    VOCABULARY,
     A,
     B,
     C,
@@ -31,11 +29,6 @@ from scripted import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model() -> transformers.PreTrainedModel:
-    return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
 
 
 Tokens = list[int]

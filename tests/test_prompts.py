@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import hogwild_ext as hx
 from hogwild_ext.layouts import LAYOUTS, Combined
 from hogwild_ext.prompts import REASONING, SHORT, Prompts, prompts_for
-from models import tiny_model
 from scripted import CHAT, PROMPTS, TOKENIZER, VOCABULARY, byte_tokenizer, say, team
 
 LAYOUT = Combined()
-
-
-@pytest.fixture(scope="module")
-def model() -> transformers.PreTrainedModel:
-    return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
 
 
 # ---- texts ---------------------------------------------------------------------------------------

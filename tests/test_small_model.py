@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import hogwild_ext as hx
-from hogwild_ext import engine
+from hogwild_ext import run
 from models import plain_logits, random_tokens, tiny_model
 from scripted import VOCABULARY, team
 from teams import PROMISED, Both, assert_logits, play
@@ -79,7 +79,7 @@ def test_a_greedy_run_of_the_engine(device: str, monkeypatch: pytest.MonkeyPatch
         passes.append(([token for part in views[-1] for token in part.tokens], logits[-1].cpu()))
         return logits
 
-    monkeypatch.setattr(engine, "forward", recording)
+    monkeypatch.setattr(run, "forward", recording)
     result = team(model.to(device), 1).run("ab", max_steps=16)
     assert len(result.workers[0].tokens) == result.steps == len(passes) == 16
     for (text, logits), token in zip(passes, result.workers[0].tokens, strict=True):

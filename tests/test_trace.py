@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 import hogwild_ext as hx
 from hogwild_ext import trace
 from hogwild_ext.layouts import LAYOUTS
-from models import tiny_model
 from scripted import (
     EOS,
     PROMPTS,
     STOP,
-    VOCABULARY,
     A,
     B,
     Script,
@@ -33,11 +30,6 @@ CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model() -> transformers.PreTrainedModel:
-    return tiny_model("llama", vocab_size=VOCABULARY, head_dim=16)
 
 
 def replayed(read: trace.Trace) -> trace.Replay:

@@ -1,0 +1,633 @@
+"""A run of a team: the steps, and what they bring.
+
+See sections 3 and 4 of arXiv 2504.06261. A *step* is one forward pass; every worker that has not
+ended gets one token from each. A *paragraph* is what a worker writes until a finished sentence and
+an empty line; it then moves into the history, which all workers read first.
+
+Every token is encoded exactly once. In the step that brings the last token of a paragraph, its
+writer therefore stands twice: once to store that token at the end of the old paragraph, and once
+with the heading of its next one, whose last token gives the prediction. Everybody reads the old
+paragraph at the end of the history already in that step. The commit after it moves the keys to
+just these positions, so it changes nothing of what anyone reads. (In layouts that do not commit
+the heading simply follows that token.)
+
+When the time is up, or at a snapshot, a worker is made to *conclude*: on a copy of its paragraph,
+which shares the memory of the page, so the page never knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cache import OutOfPages, Segment, SegmentCache
+from .events import Event, Result, Snapshot, Stats, WorkerResult
+from .layouts import Page
+from .pages import PAGE_SIZE
+from .patching import forward
+from .sampling import generator_of
+from .text_decoder import TextDecoder
+from .trace import Piece, Recorder, token_count
+
+if TYPE_CHECKING:
+    from .engine import Hogwild
+
+
+@dataclass
+class _Paragraph:
+    number: int  # of the worker's, from 1
+    start: int  # in its segment: where its heading begins
+    heading: str
+    question: str = ""
+    text: str = ""
+
+    def on_page(self) -> str:
+        """As a reader of the whole page sees it."""
+        above = self.heading + self.question
+        gap = "" if not self.text or self.text[0].isspace() else " "
+        return (above + gap + self.text).strip()
+
+
+@dataclass
+class _Worker:
+    """What a run knows of a worker, apart from the page."""
+
+    index: int
+    name: str
+    generator: torch.Generator
+    spare: Segment  # empty: the next paragraph goes there
+    decoder: TextDecoder
+    paragraphs: list[_Paragraph] = field(default_factory=list)  # the last one is being written
+    pending: list[Piece] = field(default_factory=list)  # what the next step encodes
+    opens: bool = True  # they end with the heading of a paragraph
+    closes: bool = False  # they are the end of one
+    tokens: list[int] = field(default_factory=list)  # generated
+    heading_tokens: list[int] = field(default_factory=list)  # of the last heading, and a question
+    asked_at: int = 0  # how many there were when it was last asked whether its work is redundant
+    committed: int = 0  # paragraphs
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One view in a step and what its writer, if it has one, writes to its end."""
+
+    view: list[Segment]
+    pieces: list[Piece]
+    writer: _Worker | None = None
+    speaks: bool = False  # the writer draws a token from it
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for tokens, _ in self.pieces for token in tokens]
+
+
+class Run:
+    """A run of a team: an iterator of events. Made by `Hogwild.stream`.
+
+    `result()` tells at any time, afterwards too, what there is. The memory of the page is given
+    back at the end of the run, by `close()`, and on leaving `with`.
+    """
+
+    def __init__(
+        self,
+        team: Hogwild,
+        problem: str,
+        max_steps: int,
+        budgets: set[int],
+        trace: str | Path | None,
+    ) -> None:
+        self.seed = secrets.randbits(32) if team.seed is None else team.seed
+        self._team = team
+        self._max_steps = max_steps
+        self._budgets = budgets
+        self._snapshots: list[Snapshot] = []
+        self._steps = 0
+        self._stats = Stats()
+        self._history: list[str] = []
+        self._answer: str | None = None
+        self._answered_by: str | None = None
+        self._stopped_by: str | None = None
+        self._stop_wanted = False
+        self._is_full = False  # in the middle of a step
+        self._resumed = 0.0  # when the engine's turn began: the caller has it between two events
+
+        self._opening_text = team.prompts.opening(team.tokenizer, team.names, problem, team.layout)
+        self._cache = SegmentCache.for_model(team.model, max_tokens=team.max_tokens)
+        segment, names = self._cache.segment, team.names
+        self._page = Page(
+            prompt=segment("prompt"),
+            history=segment("history"),
+            others_heading=segment("others heading"),
+            own_heading=segment("own heading"),
+            live=[segment(f"{name}: live, one") for name in names],
+            unfinished=[segment(f"{name}: unfinished") for name in names],
+            writing=list(range(len(names))),
+        )
+        self._workers = [
+            _Worker(
+                index=index,
+                name=name,
+                generator=generator_of(self.seed, index),
+                spare=segment(f"{name}: live, two"),
+                decoder=TextDecoder(team.tokenizer),
+            )
+            for index, name in enumerate(names)
+        ]
+        first = [self._team.encode(text) for text in team.prompts.forbidden_first(names)]
+        known = team.vocab_size
+        self._not_first = sorted({tokens[0] for tokens in first if tokens and tokens[0] < known})
+        self._recorder = None if trace is None else self._open_trace(trace, problem)
+        self._events = self._play()
+
+    def _open_trace(self, path: str | Path, problem: str) -> Recorder:
+        from . import __version__
+
+        team = self._team
+        return Recorder(
+            path,
+            self._cache.segments,
+            {
+                "hogwild_ext": __version__,
+                "model": Path(team.model.name_or_path).name or None,
+                "problem": problem,
+                "layout": team.layout.name,
+                "workers": list(team.names),
+                "seed": self.seed,
+                "max_steps": self._max_steps,
+                "bytes_per_token": self._cache.bytes_per_token,
+            },
+        )
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def stop(self) -> None:
+        """Ends the run after the current step, as Ctrl-C would. Signal handlers may call it."""
+        self._stop_wanted = True
+
+    def close(self) -> None:
+        """Gives back the page's memory. No more events come."""
+        self._events.close()
+        self._release()
+
+    def result(self) -> Result:
+        """What there is so far."""
+        paragraphs = list(self._history)
+        for worker in self._workers:
+            paragraphs += [p.on_page() for p in worker.paragraphs[worker.committed :] if p.text]
+        return Result(
+            answer=self._answer,
+            text="\n\n".join(paragraphs),
+            workers=[
+                WorkerResult(
+                    name=worker.name,
+                    text="".join(paragraph.text for paragraph in worker.paragraphs),
+                    tokens=list(worker.tokens),
+                    ended=worker.ended,
+                )
+                for worker in self._workers
+            ],
+            steps=self._steps,
+            stats=copy.copy(self._stats),
+            stopped_by=self._stopped_by,
+            seed=self.seed,
+            snapshots=[*self._snapshots, *self._later_snapshots()],
+        )
+
+    def _later_snapshots(self) -> list[Snapshot]:
+        """With a larger budget than it needed, a run that ended by itself gives the same answer."""
+        if self._stopped_by is None or self._stopped_by == "interrupted":
+            return []
+        taken = {snapshot.steps for snapshot in self._snapshots}
+        return [
+            Snapshot(steps, self._answer, self._answered_by, "")
+            for steps in sorted(self._budgets - taken)
+        ]
+
+    # ---- the loop ---------------------------------------------------------------------------
+
+    def _play(self) -> Generator[Event, None, None]:
+        stats, clock = self._stats, time.perf_counter
+        try:
+            self._resumed = clock()
+            rows = self._opening_rows()
+            while self._stopped_by is None:
+                events = self._step(rows)
+                wanted = self._steps in self._budgets and not self._stop_wanted
+                if self._stopped_by is None and wanted:
+                    events += self._take_snapshot()
+                if self._stopped_by is None:
+                    self._stopped_by = self._limit()
+                if self._stopped_by is None:
+                    rows = self._next_rows()
+                    if self._longest_view(rows) > self._team.max_position:
+                        self._stopped_by = "context"
+                if self._stopped_by is not None:
+                    events += self._ending()
+                stats.seconds = self._now()
+                if self._steps == 1:
+                    stats.first_token_seconds = stats.seconds
+                yield from events
+                self._resumed = clock()
+        except KeyboardInterrupt:
+            self._stopped_by = "interrupted"
+            self._record("stop", worker=None, reason=self._stopped_by, answer=None)
+            raise
+        finally:
+            self._release()
+
+    def _now(self) -> float:
+        """Seconds of the run, without those of the caller."""
+        return self._stats.seconds + time.perf_counter() - self._resumed
+
+    def _release(self) -> None:
+        """Lets go of keys and values."""
+        if self._recorder is not None:
+            self._recorder.close()
+        for name in ("_cache", "_page"):
+            self.__dict__.pop(name, None)
+        for worker in self._workers:
+            worker.__dict__.pop("spare", None)
+
+    def _limit(self) -> str | None:
+        """Why there must be no next step."""
+        if self._stop_wanted:
+            return "interrupted"
+        if self._steps >= self._max_steps:
+            return "max_steps"
+        return "context" if self._reserve and self._room_is_short() else None
+
+    def _room_is_short(self) -> bool:
+        """Whether the next step could leave no room for a conclusion, whatever it brings.
+
+        Asked before the page changes for that step: the conclusion is to see all of it.
+        """
+        page, cache = self._page, self._cache
+        heading = max(len(worker.heading_tokens) for worker in self._workers) + 2  # longer numbers
+        new = sum(token_count(worker.pending) + heading for worker in self._workers)
+        views = [self._team.layout.view(page, worker.index) for worker in self._workers]
+        longest = max(sum(map(len, view)) for view in views)
+        if longest + new + self._reserve > self._team.max_position:
+            return True
+        moved = sum(
+            len(page.live[w.index]) for w in self._workers if w.closes
+        )  # copied, then freed
+        # The copy that a conclusion writes to shares all but a part of a page.
+        return new + moved + self._reserve + PAGE_SIZE > cache.free_tokens
+
+    def _ending(self) -> list[Event]:
+        """The last events: a conclusion if nobody has given an answer yet, and the stop."""
+        team, events = self._team, []
+        can_answer = self._stopped_by != "interrupted" and not self._is_full
+        if self._answer is None and can_answer and team.closing:
+            taken = [shot for shot in self._snapshots if shot.steps == self._steps]
+            last = taken[0] if taken else self._conclude()
+            if not taken:
+                events.append(Event("conclusion", self._steps, last.worker, text=last.text))
+            if last.answer is not None:
+                self._answer, self._answered_by = last.answer, last.worker
+        assert self._stopped_by is not None
+        events.append(Event("stop", self._steps, self._answered_by, text=self._stopped_by))
+        self._record("stop", worker=self._answered_by, reason=self._stopped_by, answer=self._answer)
+        return events
+
+    # ---- what a step brings -----------------------------------------------------------------
+
+    def _opening_rows(self) -> list[_Row]:
+        """The fixed texts, and the headings of everybody's first paragraph: all in one step."""
+        team, page, prompts = self._team, self._page, self._team.prompts
+        for worker in self._workers:
+            self._open_paragraph(worker)
+        speaking = [self._speaking_row(worker) for worker in self._workers]
+        texts = {
+            page.prompt: self._opening_text,
+            page.others_heading: prompts.others_heading,
+            page.own_heading: prompts.own_heading,
+            **dict.fromkeys(page.unfinished, prompts.unfinished),
+        }
+        rows = []
+        for view in (row.view for row in speaking):
+            for i, segment in enumerate(view):
+                if (text := texts.pop(segment, None)) and (tokens := team.encode(text)):
+                    rows.append(_Row(view[: i + 1], [(tokens, text)]))
+        rows += speaking
+
+        self._stats.prompt_tokens = sum(token_count(row.pieces) for row in rows)
+        # Every view shows nearly everything, so the limits are the same but for a few headings.
+        needed = max(self._longest_view(rows), self._stats.prompt_tokens) + self._reserve
+        if needed >= min(team.max_position, team.max_tokens):
+            raise ValueError(
+                f"problem: expected one that leaves room for an answer, got {needed} tokens with "
+                f"the instructions; the model has {team.max_position} positions, max_tokens is "
+                f"{team.max_tokens}"
+            )
+        return rows
+
+    def _next_rows(self) -> list[_Row]:
+        """What everybody brings next. Finished paragraphs are on their way into the history."""
+        page, layout = self._page, self._team.layout
+        for worker in self._workers:
+            if worker.ended and not worker.closes and worker.index in page.writing:
+                page.writing.remove(worker.index)
+                self._drop_paragraph(worker)
+        closing = [worker for worker in self._workers if worker.closes]
+        rows = [self._row(worker) for worker in closing if layout.commits or worker.ended]
+        for worker in closing:
+            if layout.commits:
+                live = page.live[worker.index]
+                page.finishing.append(live)
+                page.live[worker.index], worker.spare = worker.spare, live
+            if worker.ended:
+                page.writing.remove(worker.index)
+            else:
+                self._open_paragraph(worker)
+            worker.closes = layout.commits  # until the commit
+        rows += [self._speaking_row(worker) for worker in self._workers if not worker.ended]
+        return rows
+
+    def _row(self, worker: _Worker) -> _Row:
+        view = self._team.layout.view(self._page, worker.index)
+        return _Row(view, worker.pending, worker)
+
+    def _speaking_row(self, worker: _Worker) -> _Row:
+        return replace(self._row(worker), speaks=True)
+
+    def _open_paragraph(self, worker: _Worker) -> None:
+        """Begins a paragraph in the worker's live segment, behind what is pending there."""
+        team, prompts = self._team, self._team.prompts
+        number = len(worker.paragraphs) + 1
+        paragraph = _Paragraph(number, 0, prompts.paragraph_heading(worker.name, number))
+        every = team.question_every
+        if every is not None and len(worker.tokens) - worker.asked_at >= every:
+            worker.asked_at = len(worker.tokens)
+            paragraph.question = prompts.paragraph_question(worker.name, number)
+        worker.paragraphs.append(paragraph)
+
+        above = paragraph.heading + paragraph.question
+        tokens = team.encode(above)
+        if team.layout.commits or number == 1:
+            worker.pending = []
+        paragraph.start = len(self._page.live[worker.index]) + token_count(worker.pending)
+        worker.pending = [*worker.pending, (tokens, above)]
+        worker.decoder = TextDecoder(team.tokenizer, tokens)
+        worker.heading_tokens = team.encode(
+            paragraph.heading + prompts.paragraph_question(worker.name, number)
+        )
+        worker.opens = True
+
+    def _drop_paragraph(self, worker: _Worker) -> None:
+        """A heading under which nothing was written goes away."""
+        live, start = self._page.live[worker.index], worker.paragraphs[-1].start
+        live.truncate(start)
+        if self._recorder is not None:
+            self._record("truncate", segment=self._recorder.number(live), length=start)
+
+    @property
+    def _reserve(self) -> int:
+        """Tokens that must be left for a conclusion."""
+        closing = self._team.closing
+        return len(closing) + self._team.answer_tokens if closing else 0
+
+    @staticmethod
+    def _longest_view(rows: list[_Row]) -> int:
+        """Tokens in the longest view after the step."""
+        new = {row.view[-1]: token_count(row.pieces) for row in rows}
+        return max(sum(len(part) + new.get(part, 0) for part in row.view) for row in rows)
+
+    # ---- a step -----------------------------------------------------------------------------
+
+    def _step(self, rows: list[_Row]) -> list[Event]:
+        """One forward pass; what it brings into the history; a token for every worker."""
+        stats, recorder = self._stats, self._recorder
+        try:
+            logits = self._forward([row.view for row in rows], [row.tokens for row in rows])
+            self._steps += 1
+            seen = [recorder.seen(row.view) for row in rows] if recorder else []
+            moved = [(worker.spare, len(worker.spare)) for worker in self._workers if worker.closes]
+            commits = self._commit()
+        except OutOfPages:
+            self._stopped_by, self._is_full = "context", True
+            return []
+        counted = self._cache.stats
+        stats.attention_seconds = counted.attention_seconds
+        stats.encoded_tokens = counted.appended_tokens - stats.concluding_tokens
+        stats.committed_tokens = counted.committed_tokens
+        stats.copied_bytes = counted.copied_bytes
+
+        started = time.perf_counter()
+        drawn = [
+            (row.writer, self._choose(row.writer, scores))
+            for row, scores in zip(rows, logits, strict=True)
+            if row.speaks and row.writer is not None
+        ]
+        stats.sampling_seconds += time.perf_counter() - started
+
+        events = []
+        for worker, _ in drawn:
+            if worker.opens:
+                worker.opens = False
+                paragraph = worker.paragraphs[-1]
+                events.append(self._event("start", worker, text=paragraph.heading))
+                if paragraph.question:
+                    events.append(self._event("question", worker, text=paragraph.question))
+        for worker, token in drawn:
+            events.append(self._take(worker, token))
+        if recorder is not None:
+            self._record_step(recorder, rows, seen, events, list(zip(commits, moved, strict=True)))
+        if self._stopped_by is None and all(worker.ended for worker in self._workers):
+            self._stopped_by = "end"
+        return commits + events
+
+    def _forward(self, views: list[list[Segment]], tokens: list[list[int]]) -> torch.Tensor:
+        """The logits behind each view's last token: [len(views), vocab]."""
+        started, cache = time.perf_counter(), self._cache
+        logits = forward(self._team.model, cache, views, tokens)
+        assert isinstance(logits, torch.Tensor)
+        if cache.device.type == "cuda":  # or the sampler would wait, and be charged with it
+            torch.cuda.current_stream(cache.device).synchronize()
+        self._stats.forward_seconds += time.perf_counter() - started
+        return logits
+
+    def _choose(self, worker: _Worker, logits: torch.Tensor) -> int:
+        """A token for the worker; `logits` are its [vocab]."""
+        forbidden: Sequence[int] = ()
+        if worker.paragraphs[-1].text == "":
+            forbidden = self._not_first
+            if not worker.tokens:  # nobody ends without having written anything
+                forbidden = [*forbidden, *self._team.ends_of_sequence]
+        return self._team.sampler(logits, worker.tokens, worker.generator, forbidden)
+
+    def _commit(self) -> list[Event]:
+        """The paragraphs whose last token was encoded just now move into the history."""
+        events = []
+        for worker in self._workers:
+            if worker.closes:
+                worker.closes = False
+                self._cache.commit(worker.spare, self._page.history)
+                paragraph = worker.paragraphs[worker.committed]
+                worker.committed += 1
+                self._history.append(paragraph.on_page())
+                text = paragraph.question + paragraph.text
+                events.append(
+                    Event("commit", self._steps, worker.name, paragraph.number, text=text)
+                )
+        self._page.finishing.clear()
+        return events
+
+    def _take(self, worker: _Worker, token: int) -> Event:
+        """What a worker's new token means."""
+        team, paragraph = self._team, worker.paragraphs[-1]
+        if token in team.ends_of_sequence:
+            worker.ended = True
+            text = worker.decoder.flush()
+            paragraph.text += text
+            worker.closes = paragraph.text != ""
+            gap = team.prompts.paragraph_break
+            worker.pending = [(team.encode(gap), text + gap)]
+            return self._event("end", worker, text=text, token=token)
+        worker.tokens.append(token)
+        self._stats.generated_tokens += 1
+        text = worker.decoder.add(token)
+        worker.pending = [([token], text)]
+        if text:
+            paragraph.text += text
+            worker.closes = team.paragraph_ends(paragraph.text)
+            answer = team.final_answer(paragraph.text)
+            if answer is not None and self._stopped_by is None:
+                self._answer, self._answered_by, self._stopped_by = answer, worker.name, "answer"
+        return self._event("token", worker, text=text, token=token)
+
+    def _event(
+        self, kind: str, worker: _Worker, *, text: str = "", token: int | None = None
+    ) -> Event:
+        return Event(kind, self._steps, worker.name, worker.paragraphs[-1].number, token, text)
+
+    # ---- being asked for an answer ----------------------------------------------------------
+
+    def _take_snapshot(self) -> list[Event]:
+        snapshot = self._conclude()
+        if snapshot.answer is not None or not self._stop_wanted:  # else it was cut short
+            self._snapshots.append(snapshot)
+        return [Event("conclusion", self._steps, snapshot.worker, text=snapshot.text)]
+
+    def _conclude(self) -> Snapshot:
+        """Has a worker give its answer now, on a copy of its live segment.
+
+        It is the first one that has not ended, or else one that ended in this very step.
+        """
+        team, cache, stats = self._team, self._cache, self._stats
+        worker = next(
+            (worker for worker in self._workers if not worker.ended),
+            self._workers[self._page.writing[0]],
+        )
+        *before, live = team.layout.view(self._page, worker.index)
+        copied = cache.fork(live)
+        view = [*before, copied]
+        new = [token for tokens, _ in worker.pending for token in tokens] + team.closing
+        text, answer, written = team.prompts.closing, None, list[int]()
+        decoder = TextDecoder(team.tokenizer, new)
+        try:
+            while answer is None and len(written) < team.answer_tokens and not self._stop_wanted:
+                if sum(map(len, view)) + len(new) > team.max_position:
+                    break
+                logits = self._forward([view], [new])
+                stats.concluding_tokens += len(new)
+                token = team.greedy(logits[0], worker.tokens + written, worker.generator)
+                if token in team.ends_of_sequence:
+                    text += decoder.flush()
+                    break
+                written.append(token)
+                new = [token]
+                text += decoder.add(token)
+                answer = team.final_answer(text)
+        except OutOfPages:
+            pass  # then there is none
+        finally:
+            cache.free(copied)
+        stats.copied_bytes = cache.stats.copied_bytes
+        self._record("conclusion", worker=worker.name, text=text, answer=answer)
+        return Snapshot(self._steps, answer, worker.name, text)
+
+    # ---- the trace --------------------------------------------------------------------------
+
+    def _record(self, kind: str, **content: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.write(
+                {"kind": kind, "step": self._steps, "time": round(self._now(), 6), **content}
+            )
+
+    def _record_step(
+        self,
+        recorder: Recorder,
+        rows: list[_Row],
+        seen: list[list[list[int]]],
+        events: list[Event],
+        commits: list[tuple[Event, tuple[Segment, int]]],
+    ) -> None:
+        """A step and what came of it. Commits last: what was seen, was seen before them."""
+        stats = self._stats
+        self._record(
+            "step",
+            rows=[
+                {
+                    "worker": row.writer.name if row.writer else None,
+                    "segment": recorder.number(row.view[-1]),
+                    "tokens": tokens,
+                    "text": text,
+                }
+                for row in rows
+                for tokens, text in row.pieces
+            ],
+            encoded_tokens=stats.encoded_tokens,
+            committed_tokens=stats.committed_tokens,
+            copied_bytes=stats.copied_bytes,
+            forward_seconds=round(stats.forward_seconds, 6),
+            sampling_seconds=round(stats.sampling_seconds, 6),
+        )
+        sees = {
+            row.writer.name: view
+            for row, view in zip(rows, seen, strict=True)
+            if row.speaks and row.writer is not None
+        }
+        for event in events:
+            more: dict[str, Any] = {}
+            if event.kind in ("token", "end"):
+                assert event.worker is not None
+                more = {"token": event.token, "sees": sees[event.worker]}
+            self._record(
+                event.kind,
+                worker=event.worker, paragraph=event.paragraph, text=event.text, **more,
+            )  # fmt: skip
+        for event, (source, count) in commits:
+            self._record(
+                "commit",
+                worker=event.worker,
+                paragraph=event.paragraph,
+                segment=recorder.number(source),
+                into=recorder.number(self._page.history),
+                tokens=count,
+                text=event.text,
+            )
