@@ -19,6 +19,10 @@ reader's order has it. Encoded in the reader's order they must be the same up to
 
     alone     as live, but nobody had another's text in its view when it wrote
 
+A hidden text may reach its reader at second hand: the others, whom it reads, have read it. So some
+pages are read once more with another word there. How much more does the reader like the word that
+it cannot see?
+
 The facts of some pages are all written at the same moment, with nothing else: in a plain text they
 stand side by side, and what a fact has right before it is another thing then. These pages are told
 apart.
@@ -40,7 +44,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -57,7 +61,7 @@ WORKERS = (2, 3, 4, 6)
 FILLER = {96: 16, 384: 4, 2048: 1}  # tokens a page, shared out: how many pages of the kind
 ONLY_FACTS = 3  # how many pages without any, where all facts are written at the same moment
 MOST_AT_ONCE = 8  # tokens of a worker in a step
-EXPLAINED = 4  # one of so many groups of pages is also read in order, and as if written alone
+EXPLAINED = 4  # one of so many groups of pages is also read in other ways, to explain
 DRAWS = 10_000  # of the bootstrap
 
 WIDEST = 0.1  # nat: the interval of live - plain
@@ -385,6 +389,28 @@ def _forks(
     return [[*before, cache.fork(texts[page.reader])] for _ in page.others]
 
 
+def with_another_word(
+    page: Page, words: Sequence[int], rng: random.Random
+) -> tuple[Page, int, int]:
+    """A page in which one of the reader's questions has another answer; which, and the answer."""
+    worker = rng.choice(page.others)
+    fact = page.facts[worker]
+    word = rng.choice([word for word in words if word != fact.answer])
+    texts = [list(text) for text in page.texts]
+    texts[worker][fact.end - 2] = word
+    return replace(page, texts=texts), worker, word
+
+
+def preference(before: torch.Tensor, after: torch.Tensor, old: int, new: int) -> float:
+    """How much more the word that stands in the text is liked for standing there, in nats.
+
+    `before` and `after` are logits [vocab] with the `old` and the `new` word in the text: the
+    change of log-probability, the mean of both words.
+    """
+    change = before.double().log_softmax(-1) - after.double().log_softmax(-1)
+    return float(change[old] - change[new]) / 2
+
+
 # ---- figures -------------------------------------------------------------------------------------
 
 
@@ -420,10 +446,21 @@ class Trial:
     hidden: Score
     in_order: Score | None
     alone: Score | None
+    # How much more a word is liked for standing in the text, nats, if that was tried.
+    first_hand: float | None
+    second_hand: float | None  # by a reader that does not see the text
 
     @classmethod
-    def of(cls, group: int, page: Page, worker: int, scores: Sequence[Score]) -> Trial:
+    def of(
+        cls,
+        group: int,
+        page: Page,
+        worker: int,
+        scores: Sequence[Score],
+        preferences: tuple[float, float] | None,
+    ) -> Trial:
         """`scores` of live, plain, hidden, and maybe in order and alone."""
+        first_hand, second_hand = preferences or (None, None)
         return cls(
             group=group,
             workers=len(page.texts),
@@ -436,6 +473,8 @@ class Trial:
             hidden=scores[2],
             in_order=scores[3] if len(scores) > 3 else None,
             alone=scores[4] if len(scores) > 4 else None,
+            first_hand=first_hand,
+            second_hand=second_hand,
         )
 
     @property
@@ -491,17 +530,45 @@ def measure(
     trials: list[Trial] = []
     for g, (_, alike) in enumerate(groupby(pages, key=lambda page: page.prompt)):
         group = list(alike)
+        same = copy.copy(rng)
         live, hidden = read_live(model, group, rng)
         ways = [live, read_plain(plain, group), hidden]
+        preferences: dict[tuple[int, int], tuple[float, float]] = {}  # by page and worker
         if g % EXPLAINED == 0:
             ways += [read_in_order(model, group), read_alone(model, group)]
+            preferences = _preferences(model, group, vocabulary, (live, hidden), same)
         for p, page in enumerate(group):
             for q, worker in enumerate(page.others):
                 answer = page.facts[worker].answer
                 scores = [score(way[p][q], answer, vocabulary.words) for way in ways]
-                trials.append(Trial.of(g, page, worker, scores))
+                trials.append(Trial.of(g, page, worker, scores, preferences.get((p, worker))))
         print(f"{len(trials)} questions", end="\r", file=sys.stderr, flush=True)
     return trials
+
+
+def _preferences(
+    model: Any,
+    pages: Sequence[Page],
+    vocabulary: Vocabulary,
+    before: tuple[list[torch.Tensor], list[torch.Tensor]],
+    rng: random.Random,
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """The pages once more, each with one other word: `preference` of live and hidden readers.
+
+    `before` is what `read_live` gave with `rng` as it is now.
+    """
+    chosen = random.Random(rng.random())
+    changed = [with_another_word(page, vocabulary.words, chosen) for page in pages]
+    after = read_live(model, [page for page, _, _ in changed], rng)
+    found = {}
+    for p, (page, (_, worker, word)) in enumerate(zip(pages, changed, strict=True)):
+        q, answer = page.others.index(worker), page.facts[worker].answer
+        first, second = (
+            preference(old[p][q], new[p][q], answer, word)
+            for old, new in zip(before, after, strict=True)
+        )
+        found[p, worker] = first, second
+    return found
 
 
 def make_pages(
@@ -617,9 +684,25 @@ def print_explanation(trials: Sequence[Trial]) -> None:
         print(f"| {name} | {len(some)} | {rounding:.1e} | {alone:+.3f} | {live:+.3f} |")
 
 
+def print_second_hand(trials: Sequence[Trial]) -> None:
+    """Whether a word that a reader cannot see reaches it through what others wrote."""
+    tried = [t for t in trials if t.second_hand is not None]
+    for name, some in (
+        ("2 workers", [t for t in tried if t.workers == 2]),
+        ("more", [t for t in tried if t.workers > 2]),
+    ):
+        if some:
+            seen = interval(some, lambda t: t.first_hand)
+            hidden = interval(some, lambda t: t.second_hand)
+            print(
+                f"A word is liked more if it stands in the text, {name} ({len(some)} questions): "
+                f"live {seen:+.3f} nat, hidden {hidden:+.3f}  "
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--trials", type=int, help="questions, about (default 616; quick 121)")
+    parser.add_argument("--trials", type=int, help="questions, about (default 1100; quick 121)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (default 1)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(
@@ -641,7 +724,7 @@ def main() -> int:
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model = hx.patch(copy.deepcopy(plain))
     rng = random.Random(options.seed)
-    questions = options.trials or (121 if options.quick else 616)
+    questions = options.trials or (121 if options.quick else 1100)
     filler = {96: 10, 384: 1} if options.quick else FILLER
     pages = make_pages(vocabulary, questions, rng, filler)
     trials = measure(model, plain, vocabulary, pages, rng)
@@ -667,6 +750,8 @@ def main() -> int:
     print_table(trials)
     print()
     print_explanation(trials)
+    print()
+    print_second_hand(trials)
     print()
     for good, text in found:
         print(f"{'PASS' if good else 'FAIL'}  {text}  ")

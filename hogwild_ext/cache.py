@@ -231,14 +231,16 @@ class SegmentCache:
         self._graphs: weakref.WeakKeyDictionary[Any, CapturedStep] = weakref.WeakKeyDictionary()
 
     @classmethod
-    def for_model(cls, model: Any, max_tokens: int = 65536) -> SegmentCache:
+    def for_model(
+        cls, model: Any, max_tokens: int = 65536, *, spare_pages: int = 64
+    ) -> SegmentCache:
         """A cache that fits a transformers model: its sizes, frequencies, dtype and device.
 
         Needs transformers. Raises ValueError for a model that is not supported.
         """
         from . import patching  # needs transformers, which the cache itself does not
 
-        cache: SegmentCache = patching.cache_for_model(cls, model, max_tokens)
+        cache: SegmentCache = patching.cache_for_model(cls, model, max_tokens, spare_pages)
         return cache
 
     # ---- segments ---------------------------------------------------------------------------

@@ -124,6 +124,10 @@ class Hogwild:
         self.question_every = question_every if prompts.question and len(self.names) > 1 else None
         self.answer_tokens = checks.is_integer("answer_tokens", answer_tokens, 0)
         self.closing = self.encode(prompts.closing) if self.answer_tokens else []
+        self.reserved_tokens = 0  # that must be left for a conclusion
+        if self.closing:
+            before = len(self.encode(prompts.paragraph_break))
+            self.reserved_tokens = before + len(self.closing) + self.answer_tokens
         self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
         never = [self.encode(text) for text in prompts.forbidden(self.names)]
         never += [[token] for token in sorted(_special(tokenizer) - self.ends_of_sequence)]
@@ -171,7 +175,7 @@ class Hogwild:
                 for _ in events:
                     pass
             except KeyboardInterrupt:
-                events.stop()
+                events.close()
             return events.result()
 
     def stream(

@@ -285,7 +285,7 @@ def forward(
     return rows if logits == "last" else list(rows.split(query_lengths))
 
 
-def cache_for_model(cls: type[Cache], model: Any, max_tokens: int) -> Cache:
+def cache_for_model(cls: type[Cache], model: Any, max_tokens: int, spare_pages: int) -> Cache:
     """`SegmentCache.for_model`: a cache of class `cls` that fits a supported model."""
     shape = read_model(model)
     return cls(
@@ -294,6 +294,7 @@ def cache_for_model(cls: type[Cache], model: Any, max_tokens: int) -> Cache:
         shape.head_dim,
         inv_freq=shape.inv_freq,
         max_tokens=max_tokens,
+        spare_pages=spare_pages,
         dtype=shape.dtype,
         device=shape.device,
         rope_scale=shape.rope_scale,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cache import OutOfPages, Segment, SegmentCache
+from .cache import Segment, SegmentCache
 from .events import Event, Result, Snapshot, Stats, WorkerResult
 from .layouts import Page
 from .pages import PAGE_SIZE
@@ -44,16 +44,20 @@ if TYPE_CHECKING:
 @dataclass
 class _Paragraph:
     number: int  # of the worker's, from 1
-    start: int  # in its segment: where its heading begins
     heading: str
-    question: str = ""
+    question: str
+    start: int = 0  # in its segment: where its heading begins
     text: str = ""
+
+    @property
+    def above(self) -> str:
+        """What stands above its text."""
+        return self.heading + self.question
 
     def on_page(self) -> str:
         """As a reader of the whole page sees it."""
-        above = self.heading + self.question
         gap = "" if not self.text or self.text[0].isspace() else " "
-        return (above + gap + self.text).strip()
+        return (self.above + gap + self.text).strip()
 
 
 @dataclass
@@ -70,10 +74,14 @@ class _Worker:
     opens: bool = True  # they end with the heading of a paragraph
     closes: bool = False  # they are the end of one
     tokens: list[int] = field(default_factory=list)  # generated
-    heading_tokens: list[int] = field(default_factory=list)  # of the last heading, and a question
     asked_at: int = 0  # how many there were when it was last asked whether its work is redundant
     committed: int = 0  # paragraphs
     ended: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether the next step brings something of its: an ended one may have an end to write."""
+        return self.closes or not self.ended
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,15 @@ class Run:
         self._answered_by: str | None = None
         self._stopped_by: str | None = None
         self._stop_wanted = False
-        self._is_full = False  # in the middle of a step
+        self._is_over = False  # its end was told
         self._resumed = 0.0  # when the engine's turn began: the caller has it between two events
 
         self._opening_text = team.prompts.opening(team.tokenizer, team.names, problem, team.layout)
-        self._cache = SegmentCache.for_model(team.model, max_tokens=team.max_tokens)
+        self._cache = SegmentCache.for_model(
+            team.model,
+            max_tokens=team.max_tokens,
+            spare_pages=5 + 3 * len(team.names),  # a segment each: those below, and a conclusion's
+        )
         segment, names = self._cache.segment, team.names
         self._page = Page(
             prompt=segment("prompt"),
@@ -243,18 +255,17 @@ class Run:
                     self._stopped_by = self._limit()
                 if self._stopped_by is None:
                     rows = self._next_rows()
-                    if self._longest_view(rows) > self._team.max_position:
-                        self._stopped_by = "context"
-                if self._stopped_by is not None:
+                else:
                     events += self._ending()
                 stats.seconds = self._now()
                 if self._steps == 1:
                     stats.first_token_seconds = stats.seconds
                 yield from events
                 self._resumed = clock()
-        except KeyboardInterrupt:
-            self._stopped_by = "interrupted"
-            self._record("stop", worker=None, reason=self._stopped_by, answer=None)
+        except (KeyboardInterrupt, GeneratorExit):  # the second: closed between two events
+            if not self._is_over:
+                self._stopped_by = "interrupted"
+                self._record_stop()
             raise
         finally:
             self._release()
@@ -278,31 +289,34 @@ class Run:
             return "interrupted"
         if self._steps >= self._max_steps:
             return "max_steps"
-        return "context" if self._reserve and self._room_is_short() else None
+        return "context" if self._room_is_short() else None
 
     def _room_is_short(self) -> bool:
-        """Whether the next step could leave no room for a conclusion, whatever it brings.
+        """Whether the next step, and a conclusion after it, do not fit.
 
         Asked before the page changes for that step: the conclusion is to see all of it.
         """
-        page, cache = self._page, self._cache
-        heading = max(len(worker.heading_tokens) for worker in self._workers) + 2  # longer numbers
-        new = sum(token_count(worker.pending) + heading for worker in self._workers)
-        views = [self._team.layout.view(page, worker.index) for worker in self._workers]
+        team, page = self._team, self._page
+        new = sum(token_count(worker.pending) for worker in self._workers if worker.writes)
+        closing = [worker for worker in self._workers if worker.closes]
+        for worker in closing:
+            if not worker.ended:
+                new += len(team.encode(self._next_paragraph(worker).above))
+        # What is finished, everybody sees.
+        finished = [page.live[worker.index] for worker in closing if team.layout.commits]
+        views = [{*self._view(worker), *finished} for worker in self._workers]
         longest = max(sum(map(len, view)) for view in views)
-        if longest + new + self._reserve > self._team.max_position:
+        if longest + new + team.reserved_tokens > team.max_position:
             return True
-        moved = sum(
-            len(page.live[w.index]) for w in self._workers if w.closes
-        )  # copied, then freed
-        # The copy that a conclusion writes to shares all but a part of a page.
-        return new + moved + self._reserve + PAGE_SIZE > cache.free_tokens
+        # A commit copies before it frees. A conclusion shares all but a part of a page.
+        copied = max((len(segment) for segment in finished), default=0)
+        concluding = team.reserved_tokens + PAGE_SIZE if team.reserved_tokens else 0
+        return new + max(copied, concluding) > self._cache.free_tokens
 
     def _ending(self) -> list[Event]:
         """The last events: a conclusion if nobody has given an answer yet, and the stop."""
         team, events = self._team, []
-        can_answer = self._stopped_by != "interrupted" and not self._is_full
-        if self._answer is None and can_answer and team.closing:
+        if self._answer is None and self._stopped_by != "interrupted" and team.closing:
             taken = [shot for shot in self._snapshots if shot.steps == self._steps]
             last = taken[0] if taken else self._conclude()
             if not taken:
@@ -311,7 +325,7 @@ class Run:
                 self._answer, self._answered_by = last.answer, last.worker
         assert self._stopped_by is not None
         events.append(Event("stop", self._steps, self._answered_by, text=self._stopped_by))
-        self._record("stop", worker=self._answered_by, reason=self._stopped_by, answer=self._answer)
+        self._record_stop()
         return events
 
     # ---- what a step brings -----------------------------------------------------------------
@@ -336,13 +350,18 @@ class Run:
         rows += speaking
 
         self._stats.prompt_tokens = sum(token_count(row.pieces) for row in rows)
-        # Every view shows nearly everything, so the limits are the same but for a few headings.
-        needed = max(self._longest_view(rows), self._stats.prompt_tokens) + self._reserve
-        if needed >= min(team.max_position, team.max_tokens):
+        new = {row.view[-1]: token_count(row.pieces) for row in rows}
+        longest = max(sum(new.get(segment, 0) for segment in row.view) for row in rows)
+        kept = team.reserved_tokens
+        copied = PAGE_SIZE if kept else 0  # by a conclusion
+        if longest + kept >= team.max_position or (
+            self._stats.prompt_tokens + kept + copied >= team.max_tokens
+        ):
             raise ValueError(
-                f"problem: expected one that leaves room for an answer, got {needed} tokens with "
-                f"the instructions; the model has {team.max_position} positions, max_tokens is "
-                f"{team.max_tokens}"
+                f"problem: expected one that leaves room for an answer, got {longest} tokens with "
+                f"the instructions, {self._stats.prompt_tokens} with all headings"
+                + (f", and {kept} are kept for a closing text and the answer" if kept else "")
+                + f"; the model has {team.max_position} positions, max_tokens is {team.max_tokens}"
             )
         return rows
 
@@ -368,34 +387,49 @@ class Run:
         rows += [self._speaking_row(worker) for worker in self._workers if not worker.ended]
         return rows
 
-    def _row(self, worker: _Worker) -> _Row:
+    def _view(self, worker: _Worker) -> list[Segment]:
+        """What the worker sees, by the layout."""
         view = self._team.layout.view(self._page, worker.index)
-        return _Row(view, worker.pending, worker)
+        own = self._page.live[worker.index]
+        if not view or view[-1] is not own or own in view[:-1]:
+            got = ", ".join(segment.name for segment in view)
+            raise ValueError(
+                f"layout: expected the view of {self._team.layout.name} to end with the worker's "
+                f"own live segment, {own.name}, and to have it nowhere else, got {got or 'none'}"
+            )
+        return view
+
+    def _row(self, worker: _Worker) -> _Row:
+        return _Row(self._view(worker), worker.pending, worker)
 
     def _speaking_row(self, worker: _Worker) -> _Row:
         return replace(self._row(worker), speaks=True)
 
-    def _open_paragraph(self, worker: _Worker) -> None:
-        """Begins a paragraph in the worker's live segment, behind what is pending there."""
+    def _next_paragraph(self, worker: _Worker) -> _Paragraph:
+        """The one that the worker would begin now."""
         team, prompts = self._team, self._team.prompts
         number = len(worker.paragraphs) + 1
-        paragraph = _Paragraph(number, 0, prompts.paragraph_heading(worker.name, number))
         every = team.question_every
-        if every is not None and len(worker.tokens) - worker.asked_at >= every:
+        is_asked = every is not None and len(worker.tokens) - worker.asked_at >= every
+        return _Paragraph(
+            number,
+            heading=prompts.paragraph_heading(worker.name, number),
+            question=prompts.paragraph_question(worker.name, number) if is_asked else "",
+        )
+
+    def _open_paragraph(self, worker: _Worker) -> None:
+        """Begins a paragraph in the worker's live segment, behind what is pending there."""
+        team, paragraph = self._team, self._next_paragraph(worker)
+        if paragraph.question:
             worker.asked_at = len(worker.tokens)
-            paragraph.question = prompts.paragraph_question(worker.name, number)
         worker.paragraphs.append(paragraph)
 
-        above = paragraph.heading + paragraph.question
-        tokens = team.encode(above)
-        if team.layout.commits or number == 1:
+        tokens = team.encode(paragraph.above)
+        if team.layout.commits or paragraph.number == 1:
             worker.pending = []
         paragraph.start = len(self._page.live[worker.index]) + token_count(worker.pending)
-        worker.pending = [*worker.pending, (tokens, above)]
+        worker.pending = [*worker.pending, (tokens, paragraph.above)]
         worker.decoder = TextDecoder(team.tokenizer, tokens)
-        worker.heading_tokens = team.encode(
-            paragraph.heading + prompts.paragraph_question(worker.name, number)
-        )
         worker.opens = True
 
     def _drop_paragraph(self, worker: _Worker) -> None:
@@ -405,37 +439,17 @@ class Run:
         if self._recorder is not None:
             self._record("truncate", segment=self._recorder.number(live), length=start)
 
-    @property
-    def _reserve(self) -> int:
-        """Tokens that must be left for a conclusion."""
-        closing = self._team.closing
-        return len(closing) + self._team.answer_tokens if closing else 0
-
-    @staticmethod
-    def _longest_view(rows: list[_Row]) -> int:
-        """Tokens in the longest view after the step."""
-        new = {row.view[-1]: token_count(row.pieces) for row in rows}
-        return max(sum(len(part) + new.get(part, 0) for part in row.view) for row in rows)
-
     # ---- a step -----------------------------------------------------------------------------
 
     def _step(self, rows: list[_Row]) -> list[Event]:
         """One forward pass; what it brings into the history; a token for every worker."""
         stats, recorder = self._stats, self._recorder
-        try:
-            logits = self._forward([row.view for row in rows], [row.tokens for row in rows])
-            self._steps += 1
-            seen = [recorder.seen(row.view) for row in rows] if recorder else []
-            moved = [(worker.spare, len(worker.spare)) for worker in self._workers if worker.closes]
-            commits = self._commit()
-        except OutOfPages:
-            self._stopped_by, self._is_full = "context", True
-            return []
-        counted = self._cache.stats
-        stats.attention_seconds = counted.attention_seconds
-        stats.encoded_tokens = counted.appended_tokens - stats.concluding_tokens
-        stats.committed_tokens = counted.committed_tokens
-        stats.copied_bytes = counted.copied_bytes
+        logits = self._forward([row.view for row in rows], [row.tokens for row in rows])
+        self._steps += 1
+        seen = [recorder.seen(row.view) for row in rows] if recorder else []
+        moved = [(worker.spare, len(worker.spare)) for worker in self._workers if worker.closes]
+        commits = self._commit()
+        self._count()
 
         started = time.perf_counter()
         drawn = [
@@ -470,6 +484,14 @@ class Run:
             torch.cuda.current_stream(cache.device).synchronize()
         self._stats.forward_seconds += time.perf_counter() - started
         return logits
+
+    def _count(self) -> None:
+        """What the cache has counted."""
+        stats, counted = self._stats, self._cache.stats
+        stats.attention_seconds = counted.attention_seconds
+        stats.encoded_tokens = counted.appended_tokens - stats.concluding_tokens
+        stats.committed_tokens = counted.committed_tokens
+        stats.copied_bytes = counted.copied_bytes
 
     def _choose(self, worker: _Worker, logits: torch.Tensor) -> int:
         """A token for the worker; `logits` are its [vocab]."""
@@ -543,7 +565,7 @@ class Run:
             (worker for worker in self._workers if not worker.ended),
             self._workers[self._page.writing[0]],
         )
-        *before, live = team.layout.view(self._page, worker.index)
+        *before, live = self._view(worker)
         copied = cache.fork(live)
         view = [*before, copied]
         new = [token for tokens, _ in worker.pending for token in tokens] + team.closing
@@ -551,11 +573,11 @@ class Run:
         decoder = TextDecoder(team.tokenizer, new)
         try:
             while answer is None and len(written) < team.answer_tokens and not self._stop_wanted:
-                if sum(map(len, view)) + len(new) > team.max_position:
-                    break
                 logits = self._forward([view], [new])
                 stats.concluding_tokens += len(new)
+                started = time.perf_counter()
                 token = team.greedy(logits[0], worker.tokens + written, worker.generator)
+                stats.sampling_seconds += time.perf_counter() - started
                 if token in team.ends_of_sequence:
                     text += decoder.flush()
                     break
@@ -563,11 +585,9 @@ class Run:
                 new = [token]
                 text += decoder.add(token)
                 answer = team.final_answer(text)
-        except OutOfPages:
-            pass  # then there is none
         finally:
             cache.free(copied)
-        stats.copied_bytes = cache.stats.copied_bytes
+            self._count()
         self._record("conclusion", worker=worker.name, text=text, answer=answer)
         return Snapshot(self._steps, answer, worker.name, text)
 
@@ -578,6 +598,10 @@ class Run:
             self._recorder.write(
                 {"kind": kind, "step": self._steps, "time": round(self._now(), 6), **content}
             )
+
+    def _record_stop(self) -> None:
+        self._is_over = True
+        self._record("stop", worker=self._answered_by, reason=self._stopped_by, answer=self._answer)
 
     def _record_step(
         self,

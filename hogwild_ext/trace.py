@@ -13,11 +13,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .pages import PAGE_SIZE
+
 if TYPE_CHECKING:
     from .cache import Segment
 
 VERSION = 1
 Line = dict[str, Any]
+
+# What each kind of line has, beside its kind; docs/trace.md tells what it means.
+FIELDS = {
+    "run": {
+        "version", "hogwild_ext", "model", "problem", "layout", "workers", "seed", "max_steps",
+        "segments", "bytes_per_token",
+    },
+    "step": {
+        "step", "time", "rows", "encoded_tokens", "committed_tokens", "copied_bytes",
+        "forward_seconds", "sampling_seconds",
+    },
+    "start": {"step", "time", "worker", "paragraph", "text"},
+    "question": {"step", "time", "worker", "paragraph", "text"},
+    "token": {"step", "time", "worker", "paragraph", "text", "token", "sees"},
+    "end": {"step", "time", "worker", "paragraph", "text", "token", "sees"},
+    "commit": {"step", "time", "worker", "paragraph", "segment", "into", "tokens", "text"},
+    "conclusion": {"step", "time", "worker", "text", "answer"},
+    "truncate": {"step", "time", "segment", "length"},
+    "stop": {"step", "time", "worker", "reason", "answer"},
+}  # fmt: skip
 
 
 class Recorder:
@@ -73,7 +95,8 @@ def read(path: str | Path) -> Trace:
     """Reads a trace.
 
     Raises OSError for a file that cannot be read, and ValueError, naming it, for one that is no
-    trace, has a broken line before its last one, or was written by a newer version.
+    trace, has a broken line before its last one, or one that lacks something, or was written by a
+    newer version. Lines of unknown kinds are kept.
     """
     texts = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     lines: list[Line] = []
@@ -97,6 +120,11 @@ def read(path: str | Path) -> Trace:
             f"{path}: expected a trace of version {VERSION}, got {header.get('version')}; it was "
             f"written by hogwild_ext {header.get('hogwild_ext')}"
         )
+    for number, line in enumerate(lines, start=1):
+        if lacking := sorted(FIELDS.get(line["kind"], set()) - line.keys()):
+            raise ValueError(
+                f"{path}: line {number} is broken: {line['kind']} without {', '.join(lacking)}"
+            )
     return Trace(header, lines[1:])
 
 
@@ -132,6 +160,9 @@ class Replay:
     encoded_tokens: int = 0
     committed_tokens: int = 0
     copied_tokens: int = 0
+    _chosen: dict[str, int] = field(default_factory=dict)  # tokens that come with the next step
+    _told: Line | None = None  # the last step, until its commits are done
+    _concluded: int = 0  # times
 
     def __post_init__(self) -> None:
         self.segments = [[] for _ in self.header["segments"]]
@@ -141,8 +172,17 @@ class Replay:
 
         Raises ValueError if it cannot have happened to the page as it stands.
         """
+        if line["kind"] in ("step", "stop"):
+            self._check_counters()
         if line["kind"] == "step":
+            self._told = {**line, "concluded": self._concluded}
             for row in line["rows"]:
+                chosen = self._chosen.pop(row["worker"], None)
+                if chosen is not None and row["tokens"][:1] != [chosen]:
+                    raise ValueError(
+                        f"step {line['step']}: {row['worker']} chose token {chosen}, but tokens "
+                        f"{row['tokens']} were appended"
+                    )
                 self.segments[row["segment"]].append((row["tokens"], row["text"]))
                 self.encoded_tokens += len(row["tokens"])
             told, counted = line["encoded_tokens"], self.encoded_tokens
@@ -150,6 +190,10 @@ class Replay:
                 raise ValueError(
                     f"step {line['step']}: {told} tokens were encoded, {counted} were appended"
                 )
+        elif line["kind"] == "token":
+            self._chosen[line["worker"]] = line["token"]
+        elif line["kind"] == "conclusion":
+            self._concluded += 1
         elif line["kind"] == "commit":
             source, target = self.segments[line["segment"]], self.segments[line["into"]]
             count = token_count(source)
@@ -164,6 +208,23 @@ class Replay:
             source.clear()
         elif line["kind"] == "truncate":
             self.segments[line["segment"]] = self._first(line["segment"], line["length"])
+
+    def _check_counters(self) -> None:
+        """Whether the last step, its commits done, told the truth about what was moved."""
+        if (told := self._told) is None:
+            return
+        self._told, size = None, self.header["bytes_per_token"]
+        if told["committed_tokens"] != self.committed_tokens:
+            raise ValueError(
+                f"step {told['step']}: {told['committed_tokens']} tokens were committed, "
+                f"{self.committed_tokens} were moved"
+            )
+        by_forks = told["copied_bytes"] - self.copied_tokens * size
+        if not 0 <= by_forks <= told["concluded"] * PAGE_SIZE * size:
+            raise ValueError(
+                f"step {told['step']}: {told['copied_bytes']} bytes were copied, "
+                f"{self.copied_tokens * size} by commits, with {told['concluded']} conclusions"
+            )
 
     def tokens(self, sees: Sequence[Sequence[int]]) -> list[int]:
         """What a list of [segment, number of its first tokens] shows, after the last line."""

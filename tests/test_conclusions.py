@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -158,6 +159,29 @@ def test_how_conclusions_end(
     conclusion = [event for event in run if event.kind == "conclusion"]
     assert [event.text for event in conclusion] == [CLOSING.closing + written]
     assert run.result().answer == (written[:-1] if "}" in said else None)
+
+
+def test_the_time_of_conclusions_is_counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Concludes(monkeypatch, {}, ["4" * 64])
+    one = team(model, 2, prompts=CLOSING)
+    run, counted = one.stream("p", 2), []
+    real, greedy = script._forward, one.greedy
+
+    def forward(model: Any, cache: Any, views: Any, tokens: Any) -> Any:
+        counted.append(cache.stats)
+        return real(model, cache, views, tokens)
+
+    def slow(*arguments: Any) -> int:
+        time.sleep(0.01)
+        return greedy(*arguments)
+
+    script._forward = forward
+    one.greedy = slow
+    for _ in run:
+        pass
+    stats = run.result().stats
+    assert stats.attention_seconds == counted[-1].attention_seconds
+    assert stats.sampling_seconds > 64 * 0.01
 
 
 def test_a_run_with_an_answer_is_not_asked_for_another(

@@ -164,11 +164,15 @@ def test_hidden_text_changes_nothing_of_two_workers_answers(
     """With two workers nobody else could tell the reader."""
     rng = random.Random(seed)
     page = cw.make_page(vocabulary, vocabulary.prompt(rng), 2, 30, rng)
-    [other] = page.others
+    changed, other, word = cw.with_another_word(page, vocabulary.words, rng)
     fact = page.facts[other]
-    texts = [list(text) for text in page.texts]
-    texts[other][fact.end - 2] = next(word for word in vocabulary.words if word != fact.answer)
-    changed = replace(page, texts=texts)
+    differing = [
+        (new, old)
+        for w in range(2)
+        for new, old in zip(changed.texts[w], page.texts[w], strict=True)
+        if new != old
+    ]
+    assert [other] == page.others and differing == [(word, fact.answer)]
     (live,), (hidden,) = cw.read_live(model, [page], random.Random(1))
     (live_now,), (hidden_now,) = cw.read_live(model, [changed], random.Random(1))
     assert (hidden - hidden_now).abs().max() < ROUNDING
@@ -181,13 +185,18 @@ def test_texts_are_written_at_the_same_time(
     rng: random.Random,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    page = cw.make_page(vocabulary, vocabulary.prompt(rng), 3, 300, rng)
+    prompt = vocabulary.prompt(rng)
+    page = next(  # in which the reader has a text like everybody else
+        page
+        for page in (cw.make_page(vocabulary, prompt, 3, 300, rng) for _ in range(100))
+        if len(page.texts[page.reader]) > 100
+    )
     watch = Watch(monkeypatch)
     cw.read_live(model, [page], rng)
     first = page.others[0]
     view = [*page.prompt]
     writing = [seen for seen, new, _ in watch.read if seen[: len(view)] == view]
-    # Somebody reads a part of the first text, neither nothing nor all of it, in front of its own.
+    # The reader has ever more of the first text in front of its own.
     start = page.texts[first]
     parts = {
         n
@@ -195,7 +204,13 @@ def test_texts_are_written_at_the_same_time(
         for n in range(3, len(start))
         if seen[len(view) :][:n] == start[:n] and seen[len(view) :][n : n + 1] != start[n : n + 1]
     }
-    assert parts
+    assert len(parts) > 8
+
+
+def test_a_preference() -> None:
+    before, after = torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0])
+    assert cw.preference(before, after, 0, 1) == pytest.approx(1.5)
+    assert cw.preference(before, before + 7, 0, 1) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_score() -> None:
@@ -240,6 +255,8 @@ def trials(differences: list[float], hidden: list[bool]) -> list[cw.Trial]:
                 hidden=cw.Score(-7, h, h),
                 in_order=plain,
                 alone=None,
+                first_hand=None,
+                second_hand=None,
             )
         )
     return made
@@ -282,6 +299,15 @@ def test_a_run(
         assert trial.in_order and trial.in_order.log_probability == pytest.approx(
             trial.plain.log_probability, abs=1e-4
         )
+    tried = [trial for trial in found if trial.first_hand is not None]
+    assert {trial.workers for trial in tried} == set(cw.WORKERS) and len(tried) < len(explained)
+    for trial in tried:
+        assert trial.second_hand is not None and abs(trial.first_hand or 0) > 1e-3
+        # With two workers there is nobody who could tell.
+        assert trial.workers > 2 or abs(trial.second_hand) < 1e-5
+    assert any(abs(trial.second_hand or 0) > 1e-4 for trial in tried)
+    cw.print_second_hand(found)
+    assert capsys.readouterr().out.count(" nat, hidden ") == 2
     cw.print_table(found)
     table = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in table}) == 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import random
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +22,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 import hogwild_ext as hx
 from hogwild_ext import run as runs
+from hogwild_ext import trace
 from hogwild_ext.answers import boxed_answer
 from hogwild_ext.events import EVENT_KINDS, Event, Result
-from hogwild_ext.layouts import Combined
+from hogwild_ext.layouts import LAYOUTS, Combined
 from hogwild_ext.sampling import Sampler
 from hogwild_ext.text_decoder import TextDecoder
 from models import tiny_model
@@ -36,6 +40,7 @@ from scripted import (
     C,
     Script,
     decode,
+    random_lines,
     sampled,
     say,
     team,
@@ -331,6 +336,82 @@ def test_a_full_context_ends_the_run_with_what_there_is(
     assert texts(result) == ["z" * result.steps] * 2
     if limit == "positions":
         assert 250 <= result.stats.encoded_tokens <= 256 + len("~\n")
+    else:
+        assert 250 <= result.stats.encoded_tokens <= 256
+
+
+@pytest.mark.parametrize("closing", ["", "\nNow: "])
+@pytest.mark.parametrize("limit", ["positions", "room"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_context_may_be_full_at_any_moment(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    layout: str,
+    limit: str,
+    closing: str,
+    seed: int,
+) -> None:
+    """Wherever that is, the run ends between two steps, with all told that was encoded."""
+    rng = random.Random(seed)
+    steps = set()
+    for variant in range(8):
+        count = rng.randint(1, 5)
+        names = ["A", "B", "C", "D", "E"][:count]
+        positions = rng.randint(220, 420) if limit == "positions" else 4096
+        small = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=positions)
+        one = team(
+            small, names, layout=layout, prompts=replace(PROMPTS, closing=closing),
+            question_every=20, answer_tokens=5, paragraph_ends=lambda text: text[-1] == "e",
+            max_tokens=4096 if limit == "positions" else rng.randint(330, 600),
+        )  # fmt: skip
+        path = tmp_path / f"{variant}.jsonl"
+        ends = variant % 2 == 1
+        lines = random_lines(rng, names, 200)
+        lines = {n: [t for t in line if ends or t != EOS] for n, line in lines.items()}
+        with monkeypatch.context() as patched:
+            script = Script(patched, lines)
+            result = one.run("p", 4000, trace=path)
+        assert result.stopped_by == "context" or ends
+        steps.add(result.steps)
+        read = trace.read(path)
+        assert read.is_complete
+        replay = trace.Replay(read.header)
+        for line in read.lines:
+            replay.apply(line)
+        stats = result.stats
+        assert stats.encoded_tokens == replay.encoded_tokens
+        assert stats.encoded_tokens + stats.concluding_tokens == len(script.brought)
+        assert stats.committed_tokens == replay.committed_tokens
+        assert sum(line["kind"] == "step" for line in read.lines) == result.steps
+        if not closing:
+            assert stats.concluding_tokens == 0
+        elif ends:
+            assert stats.concluding_tokens > len(closing)
+        else:  # the last word, the closing text and the answer but for its last token
+            assert stats.concluding_tokens == 1 + len(closing) + 5 - 1
+    assert len(steps) > 2
+
+
+def test_a_paragraph_too_long_to_move_ends_the_run(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit needs room for a copy, and a full page has none."""
+    script = Script(monkeypatch, {"A": [A, STOP, *[B] * 900, STOP, C]})
+    result = team(model, ["A"], max_tokens=1200).run("p", 2000)
+    assert (result.stopped_by, result.steps) == ("context", 903)
+    assert result.stats.committed_tokens == len("#A1:") + 2
+    assert result.stats.encoded_tokens == len(script.brought)
+    assert result.text == "#A1: a.\n\n#A2: " + "b" * 900 + "."
+
+
+def test_more_workers_than_spare_pages_are_usual(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each brings segments, and each segment may leave a page nearly empty."""
+    Script(monkeypatch, {})
+    prompts = replace(PROMPTS, system="Go.")
+    result = team(model, 90, prompts=prompts, max_tokens=2048).run("p", 5)
+    assert (result.stopped_by, result.steps) == ("max_steps", 5)
 
 
 def test_a_problem_that_leaves_no_room_is_refused() -> None:

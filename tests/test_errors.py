@@ -96,7 +96,7 @@ def world(model: Any, tokenizer: Any) -> World:
             "rope_scale": 1.0, "interleaved": False, "scale": 0.25, "softcap": 0.0, "window": None,
             "max_position": 100, "spare_pages": 1,
         },
-        "SegmentCache.for_model": {"model": model, "max_tokens": 128},
+        "SegmentCache.for_model": {"model": model, "max_tokens": 128, "spare_pages": 1},
         "SegmentCache.segment": {"name": "another"},
         "SegmentCache.fork": {"segment": prompt, "name": "copy"},
         "SegmentCache.commit": {"source": own, "target": prompt},
@@ -313,6 +313,7 @@ WRONG: dict[str, dict[str, list[tuple[str, Any]]]] = {
     "SegmentCache.for_model": {
         "model": [("type", None), ("type", torch.nn.Linear(2, 2))],
         "max_tokens": integer(1),
+        "spare_pages": integer(0),
     },
     "SegmentCache.segment": {
         "name": [("type", None), ("type", 3), ("range", ""), ("range", "prompt")],

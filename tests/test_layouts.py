@@ -248,6 +248,28 @@ def test_fixed_texts_are_encoded_once_where_a_view_shows_them(
     assert decode(script.passes[2][-2][0]) == prompt + "[others]\n#C1:zz#A2:#A1:a.\n\n#B1:cc"
 
 
+@pytest.mark.parametrize(
+    ("view", "got"),
+    [
+        (lambda page, worker: [page.prompt, page.live[1 - worker]], "prompt, B: live, one"),
+        (lambda page, worker: [page.live[worker], page.prompt], "A: live, one, prompt"),
+        (lambda page, worker: [page.live[worker]] * 2, "A: live, one, A: live, one"),
+        (lambda page, worker: [], "none"),
+    ],
+)
+def test_a_view_ends_with_ones_own_text(model: Any, view: Any, got: str) -> None:
+    class Wrong(Layout):
+        name = "wrong"
+
+        def view(self, page: Page, worker: int) -> list[Any]:
+            seen: list[Any] = view(page, worker)
+            return seen
+
+    message = f"layout: expected the view of wrong to end with .*, A: live, one, .* got {got}$"
+    with pytest.raises(ValueError, match=message):
+        team(model, ["A", "B"], layout=Wrong()).run("p", 4)
+
+
 def test_what_workers_are_told_goes_by_the_layout(model: Any) -> None:
     told = {name: f"[{name} of {{count}}]" for name in LAYOUTS}
     prompts = replace(PROMPTS, system="{names}: {how_to_read}", how_to_read=told)

@@ -25,6 +25,7 @@ from scripted import (
     sampled,
     team,
 )
+from traces import simulate
 
 CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
@@ -170,7 +171,16 @@ def test_what_was_interrupted_is_there(
     assert read.lines[-1] == {
         **read.lines[-1], "kind": "stop", "step": 4, "reason": "interrupted", "answer": None,
     }  # fmt: skip
-    script.raises = {8: RuntimeError("out of everything")}
+    script.raises = {}
+    run = team(model, 2).stream("p", 9, trace=tmp_path / "closed.jsonl")
+    with run:
+        while next(run).step < 3:
+            pass
+    assert run.result().stopped_by == "interrupted"
+    closed = trace.read(tmp_path / "closed.jsonl")
+    assert (closed.lines[-1]["kind"], closed.lines[-1]["reason"]) == ("stop", "interrupted")
+
+    script.raises = {len(script.passes) + 4: RuntimeError("out of everything")}
     with pytest.raises(RuntimeError):
         team(model, 2).run("p", 9, trace=tmp_path / "broken.jsonl")
     cut = trace.read(tmp_path / "broken.jsonl")
@@ -227,7 +237,25 @@ def test_what_is_no_trace_is_refused(model: Any, tmp_path: Path, change: Any, me
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("what", ["encoded", "committed", "seen"])
+@pytest.mark.parametrize("kind", sorted(trace.FIELDS.keys() - {"run"}))
+def test_lines_that_lack_something_are_refused(tmp_path: Path, kind: str) -> None:
+    lines = next(
+        lines
+        for lines in (simulate(seed, steps=60, extras=0.3) for seed in range(50))
+        if any(line["kind"] == kind for line in lines)
+    )
+    number, line = next((n, x) for n, x in enumerate(lines, start=1) if x["kind"] == kind)
+    assert trace.FIELDS[kind] <= line.keys()
+    path = tmp_path / "bad.jsonl"
+    for lacking in trace.FIELDS[kind]:
+        bad = {key: value for key, value in line.items() if key != lacking}
+        written = [bad if x is line else x for x in lines]
+        path.write_text("".join(json.dumps(x) + "\n" for x in written))
+        with pytest.raises(ValueError, match=f"line {number} is broken: {kind} without {lacking}"):
+            trace.read(path)
+
+
+@pytest.mark.parametrize("what", ["encoded", "committed", "counted", "copied", "chosen", "seen"])
 def test_a_trace_that_cannot_be_true_is_noticed(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
 ) -> None:
@@ -238,6 +266,12 @@ def test_a_trace_that_cannot_be_true_is_noticed(
         next(x for x in read.lines if x["kind"] == "step")["rows"][0]["tokens"].append(5)
     elif what == "committed":
         next(x for x in read.lines if x["kind"] == "commit")["tokens"] += 1
+    elif what == "counted":
+        next(x for x in read.lines if x["kind"] == "step")["committed_tokens"] += 1
+    elif what == "copied":
+        next(x for x in read.lines[::-1] if x["kind"] == "step")["copied_bytes"] -= 1
+    elif what == "chosen":
+        next(x for x in read.lines if x["kind"] == "token")["token"] += 1
     with pytest.raises(ValueError, match=r"step|segment|expected a number of tokens"):
         replay = trace.Replay(read.header)
         for line in read.lines:

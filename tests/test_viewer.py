@@ -48,7 +48,10 @@ def page_of(lines: list[Line]) -> str:
 
 
 def embedded(text: str) -> Any:
-    return json.loads(Scripts(text).scripts[0])
+    """The lines within a page. Its numbers would be floats there, and a seed has too many digits
+    for those: it is text."""
+    first, *others = json.loads(Scripts(text).scripts[0])
+    return [{**first, "seed": int(first["seed"])}, *others]
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -60,6 +63,12 @@ def test_the_trace_is_within_the_page_as_it_is(seed: int) -> None:
     text = page_of(lines)
     assert embedded(text) == lines
     assert text.encode("utf-8")  # half a surrogate pair is escaped too
+
+
+def test_a_seed_has_all_its_digits() -> None:
+    lines = simulate(1, steps=3)
+    lines[0]["seed"] = 2**63 - 1
+    assert '"seed":"9223372036854775807"' in page_of(lines)
 
 
 def test_no_text_of_a_model_is_markup(seed: int) -> None:
@@ -148,6 +157,7 @@ def test_a_trace_that_was_cut_off_is_shown(
 RUN = {
     "kind": "run", "version": 1, "hogwild_ext": "9.9", "problem": "p", "layout": "combined",
     "workers": ["Alice"], "seed": 1, "max_steps": 1, "segments": ["prompt"], "model": None,
+    "bytes_per_token": 8,
 }  # fmt: skip
 HEADER = json.dumps(RUN).encode()
 
@@ -162,9 +172,9 @@ HEADER = json.dumps(RUN).encode()
         (json.dumps({**RUN, "version": 2}).encode(), "version 1, got 2"),
         (HEADER + b"\n{]\n{}\n", "line 2 is broken"),
         (HEADER + b"\n\xff\n{}\n", "line 2 is broken"),
-        (HEADER + b'\n{"kind": "token"}', "line 2, token: expected paragraph, sees, step"),
-        (HEADER + b'\n{"kind": "truncate", "step": NaN, "segment": 0, "length": 0}', "JSON"),
-        (b'{"kind": "run", "version": 1}', "line 1, run: expected layout, max_steps"),
+        (HEADER + b'\n{"kind": "token"}', "line 2 is broken: token without paragraph, sees, step"),
+        (HEADER + b'\n{"kind":"truncate", "time":1, "step":NaN, "segment":0, "length":0}', "JSON"),
+        (b'{"kind": "run", "version": 1}', "line 1 is broken: run without bytes_per_token"),
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_refused(

@@ -72,7 +72,7 @@ def simulate(
     pending: list[tuple[list[int], str]] = [([], "") for _ in workers]
     asked: list[str | None] = [None] * len(workers)
     headings = [""] * len(workers)
-    encoded = committed = 0
+    encoded = committed = copied = 0
     lines: list[Line] = [
         {
             "kind": "run", "version": 1, "hogwild_ext": "0.1.0", "model": "made up", "seed": seed,
@@ -193,6 +193,7 @@ def simulate(
                     {"kind": "commit", **at, "worker": workers[w], "paragraph": done,
                      "segment": spare[w], "into": 1, "tokens": size, "text": text}
                 )  # fmt: skip
+                copied += size if texts[1] else 0
                 texts[1] += moved
                 texts[spare[w]] = []
                 committed += size
@@ -213,7 +214,7 @@ def simulate(
         lines.append(
             {"kind": "step", **at, "forward_seconds": 0.03, "sampling_seconds": 0.001, "rows": rows,
              "encoded_tokens": encoded, "committed_tokens": committed,
-             "copied_bytes": committed * 46080}
+             "copied_bytes": copied * 46080}
         )  # fmt: skip
         lines += later
         if all(ended):
