@@ -231,7 +231,8 @@ def read_plain(model: Any, pages: Sequence[Page]) -> list[torch.Tensor]:
 
     def read(tokens: list[int]) -> torch.Tensor:
         ids = torch.tensor([tokens])
-        return model(input_ids=ids, past_key_values=past, logits_to_keep=1).logits[0, -1].clone()
+        # By position: newer versions of transformers have another name for the cache.
+        return model(ids, None, None, past, logits_to_keep=1).logits[0, -1].clone()
 
     with torch.inference_mode():
         read(pages[0].prompt)

@@ -302,10 +302,11 @@ def test_a_run(
     tried = [trial for trial in found if trial.first_hand is not None]
     assert {trial.workers for trial in tried} == set(cw.WORKERS) and len(tried) < len(explained)
     for trial in tried:
-        assert trial.second_hand is not None and abs(trial.first_hand or 0) > 1e-3
+        assert trial.second_hand is not None
         # With two workers there is nobody who could tell.
         assert trial.workers > 2 or abs(trial.second_hand) < 1e-5
     assert any(abs(trial.second_hand or 0) > 1e-4 for trial in tried)
+    assert any(abs(trial.first_hand or 0) > 1e-3 for trial in tried)
     cw.print_second_hand(found)
     assert capsys.readouterr().out.count(" nat, hidden ") == 2
     cw.print_table(found)

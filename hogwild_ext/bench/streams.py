@@ -164,12 +164,9 @@ class _Transformers:
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        output = self._model(
-            input_ids=torch.tensor(self.tokens)[:, None],
-            position_ids=self.positions(),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        # By position: newer versions of transformers have another name for the cache.
+        tokens = torch.tensor(self.tokens)[:, None]
+        output = self._model(tokens, None, self.positions(), self._cache, use_cache=True)
         logits: Tensor = output.logits[:, -1]
         return logits
 
