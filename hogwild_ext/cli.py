@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .engine import Hogwild
     from .events import Result
     from .live import View
+    from .prompts import Prompts
     from .run import Run
 
 INSTALL = 'pip install "hogwild_ext[run]"'
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument(
         "--answer-tokens", type=_natural, default=64, metavar="N",
         help="tokens for the answer that a worker is made to give when the steps or the context "
-        "run out (default: 64; 0: none is asked for)",
+        "run out, or all have ended, without one (default: 64; 0: none is asked for)",
     )  # fmt: skip
     asking.add_argument(
         "--snapshots", type=_numbers, default=[], metavar="N,N",
@@ -412,11 +413,16 @@ def _view_trace(options: argparse.Namespace) -> int:
     if not read.is_complete:
         _say(
             "the trace has no end: the run was cut off, or is still going on. The page shows "
-            f"its {steps} step{'s' * (steps != 1)} so far"
+            f"its {_counted(steps)} so far"
         )
     where = output.resolve().as_uri()
-    _say(f"wrote {output} ({steps} steps, {len(text) / 1e6:.1f} MB). Open it in a browser: {where}")
+    size = f"{_counted(steps)}, {len(text) / 1e6:.1f} MB"
+    _say(f"wrote {output} ({size}). Open it in a browser: {where}")
     return 0
+
+
+def _counted(steps: int) -> str:
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 # ---- hogwild bench -------------------------------------------------------------------------------
@@ -571,12 +577,19 @@ def _run(options: argparse.Namespace) -> int:
     problem = _problem(options.problem)
 
     from .layouts import layout_from
-    from .prompts import REASONING, Prompts, example_for
+    from .prompts import SHORT, Prompts, example_for
 
     layout_from(options.layout)  # before anything that takes time
+    prompts = SHORT  # the default model's
     if options.prompts is not None:
         _require("tomlkit")
-        Prompts.read(options.prompts, REASONING)
+        if not options.prompts.is_file():
+            raise CommandError(f"--prompts: there is no file {options.prompts}")
+        prompts = Prompts.read(options.prompts, prompts)
+    max_steps = options.max_steps or (DEFAULT_STEPS if options.model else DEMO_STEPS)
+    _check_snapshots(options, max_steps)
+    if options.model is None:
+        _check_closing(options, prompts)
     if options.trace is not None:
         _check_output("--trace", options.trace)
     team = _load(options, workers, live)
@@ -584,7 +597,6 @@ def _run(options: argparse.Namespace) -> int:
         problem = example_for(team.model.num_parameters())
         if not live:
             _say(f"no problem was given; an example: {problem}")
-    max_steps = options.max_steps or (DEFAULT_STEPS if options.model else DEMO_STEPS)
     run = team.stream(problem, max_steps, snapshots=options.snapshots, trace=options.trace)
     with run, _ctrl_c_stops(run), _view(options, live, team, problem, max_steps) as view:
         try:
@@ -597,6 +609,27 @@ def _run(options: argparse.Namespace) -> int:
     if options.trace is not None:
         _say(f"wrote {options.trace}; to look at it: hogwild view {options.trace}")
     return 130 if result.stopped_by in (None, "interrupted") else 0
+
+
+def _check_snapshots(options: argparse.Namespace, max_steps: int) -> None:
+    """Raises CommandError for snapshots that cannot be taken, whatever the model."""
+    if options.snapshots and max(options.snapshots) > max_steps:
+        raise CommandError(
+            f"--snapshots: expected at most {max_steps}, the number of steps (--max-steps), got "
+            f"{max(options.snapshots)}"
+        )
+    if options.snapshots and options.answer_tokens == 0:
+        raise CommandError("--snapshots: expected --answer-tokens above 0, room for an answer")
+
+
+def _check_closing(options: argparse.Namespace, prompts: Prompts) -> None:
+    """Raises CommandError for snapshots that no words ask for."""
+    if options.snapshots and not prompts.closing:
+        raise CommandError(
+            "--snapshots: expected prompts with a closing text, which makes a worker give its "
+            "answer, and those for small models have none. `hogwild prompts short` prints them: "
+            "set `closing` and give the file to --prompts"
+        )
 
 
 def _check_output(option: str, path: Path) -> None:
@@ -658,7 +691,7 @@ def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
     reasons = {
         "answer": "the final answer",
         "end": "the end of all workers",
-        "max_steps": f"the limit of {max_steps} steps (--max-steps)",
+        "max_steps": f"the limit of {_counted(max_steps)} (--max-steps)",
         "context": "the end of the context: there is no room for more tokens",
         "interrupted": "Ctrl-C",
     }
@@ -672,7 +705,7 @@ def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
     }
     rows = [("answer", result.answer)] if result.answer is not None else []
     for shot in result.snapshots:
-        rows.append((f"after {shot.steps} steps", shot.answer or "no answer"))
+        rows.append((f"after {_counted(shot.steps)}", shot.answer or "no answer"))
     return [
         *rows,
         ("ended by", reasons[result.stopped_by or "interrupted"]),
@@ -680,7 +713,7 @@ def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
         (
             "speed",
             f"{stats.tokens_per_second:.1f} tokens/s: {stats.generated_tokens} tokens in "
-            f"{result.steps} steps and {stats.seconds:.1f} s, the first after "
+            f"{_counted(result.steps)} and {stats.seconds:.1f} s, the first after "
             f"{stats.first_token_seconds:.1f} s",
         ),
         ("time", ", ".join(f"{name} {part / seconds:.1%}" for name, part in shares.items())),
@@ -746,6 +779,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
     prompts = prompts_for(model.num_parameters())
     if options.prompts is not None:
         prompts = Prompts.read(options.prompts, prompts)
+    _check_closing(options, prompts)
     return Hogwild(
         model.eval(),
         tokenizer,

@@ -142,7 +142,8 @@ class Prompts:
     def opening(self, tokenizer: Any, names: Sequence[str], problem: str, layout: Layout) -> str:
         """All that stands before the history, in the chat format of `tokenizer`.
 
-        A tokenizer without a chat template gets plain paragraphs.
+        A tokenizer without a chat template gets plain paragraphs, behind the token that it begins
+        every text with, if it has one.
         """
         values = {
             "names": _listed(names),
@@ -188,7 +189,7 @@ _LISTS = {"not_first", "never"}
 def _check(name: str, value: Any) -> None:
     """Raises TypeError for a value that is not of the type of this text."""
     if name in _LISTS:
-        ok, expected = isinstance(value, tuple), "a tuple of strings"
+        ok, expected = isinstance(value, tuple), "a tuple of strings (a list, in a file)"
         texts = value
     elif name == "how_to_read":
         ok, expected = isinstance(value, Mapping), "a string for each layout's name"
@@ -213,7 +214,9 @@ def _in_chat_format(tokenizer: Any, instructions: str, request: str, think: str)
     """Instructions and request, up to where the answer begins, or the thinking before it."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
-        return "".join(f"{part}\n\n" for part in (instructions, request) if part)
+        first = getattr(tokenizer, "bos_token", None)
+        begins = first if first and tokenizer.encode("")[:1] == [tokenizer.bos_token_id] else ""
+        return begins + "".join(f"{part}\n\n" for part in (instructions, request) if part)
     user = {"role": "user", "content": request}
     if not instructions:
         text = _rendered(tokenizer, [user])

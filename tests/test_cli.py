@@ -243,13 +243,25 @@ def test_a_model_without_a_chat_template_is_said(
         (["--trace", "{tmp}/none/a.jsonl"], "--trace: there is no folder {tmp}/none"),
         (
             ["--prompts", "{tmp}/none.toml"],
-            "[Errno 2] No such file or directory: '{tmp}/none.toml'",
+            "--prompts: there is no file {tmp}/none.toml",
         ),
         (
             ["--prompts", "{tmp}/bad.toml"],
             "{tmp}/bad.toml: greeting: expected one of system, alone",
         ),
-        (["--snapshots", "3"], "snapshots: expected prompts with a closing text"),
+        (
+            ["--snapshots", "3"],
+            "--snapshots: expected prompts with a closing text, which makes a worker give its "
+            "answer, and those for small models have none. `hogwild prompts short` prints them",
+        ),
+        (
+            ["--snapshots", "3,7"],
+            "--snapshots: expected at most 6, the number of steps (--max-steps), got 7",
+        ),
+        (
+            ["--snapshots", "3", "--answer-tokens", "0"],
+            "--snapshots: expected --answer-tokens above 0",
+        ),
         (["--layout", "round"], "layout: expected one of combined, contiguous, interleaved, got"),
     ],
 )
@@ -263,6 +275,16 @@ def test_mistakes_in_the_protocol_are_said(
     (tmp_path / "bad.toml").write_text('greeting = "Hello"')
     assert run(folder, "What?", *(option.format(tmp=tmp_path) for option in options)) == 2
     assert error_of(capsys).startswith(message.format(tmp=tmp_path))
+
+
+def test_snapshots_of_the_default_model_are_checked_before_it_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_load", None)
+    assert hogwild("run", "What?", "--snapshots", "9") == 2
+    assert "--snapshots: expected prompts with a closing text" in error_of(capsys)
+    assert hogwild("run", "What?", "--snapshots", "999") == 2
+    assert f"expected at most {cli.DEMO_STEPS}, " in error_of(capsys)
 
 
 def test_packed_linear_layers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import hogwild_ext as hx
 from hogwild_ext.layouts import LAYOUTS, Combined
@@ -65,6 +66,19 @@ def test_the_prompt_in_every_kind_of_chat_format() -> None:
     assert silent.opening(byte_tokenizer(None), ["A"], "p", LAYOUT) == "p\n\nH:\n"
 
 
+def test_plain_text_begins_as_the_tokenizer_begins_a_text() -> None:
+    """As a chat template would write it: some models know no text without this token."""
+    tokenizer = byte_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    text = PROMPTS.opening(tokenizer, ["A"], "p", LAYOUT)
+    assert text == "<bos>alone.\n\np\n\nH:\n"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert tokens == tokenizer.encode("alone.\n\np\n\nH:\n")
+    assert tokens[0] == tokenizer.bos_token_id
+
+
 def test_our_own_prompts_have_no_gaps() -> None:
     for prompts in (REASONING, SHORT):
         for names in (["Alice"], ["Alice", "Bob"], ["Alice", "Bob", "Carol"]):
@@ -107,7 +121,7 @@ def test_what_must_not_be_written_is_not(model: Any) -> None:
     ("change", "error", "message"),
     [
         ({"system": 3}, TypeError, "system: expected a string"),
-        ({"never": "x"}, TypeError, "never: expected a tuple of strings"),
+        ({"never": "x"}, TypeError, r"never: expected a tuple of strings \(a list, in a file\)"),
         ({"heading": ""}, ValueError, "heading: expected some text"),
         ({"user": "no place"}, ValueError, r"user: expected \{problem\}"),
         ({"paragraph_end": "("}, ValueError, "paragraph_end: expected a regular expression"),
@@ -133,6 +147,7 @@ THINKS_BY_CHOICE = (
     [
         (THINKS_BY_CHOICE, "p;assistant:<think>\n"),  # as Qwen3's
         ("{{ messages[0].content + ';assistant:<think>\n' }}", "p;assistant:<think>\n"),  # as QwQ's
+        (THINKS_BY_CHOICE + "{{ '<think>\n' }}", "p;assistant:<think>\n"),
         ("{{ messages[0].content }};assistant:", "p;assistant:"),
     ],
 )

@@ -328,10 +328,12 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture
 def open_page(browser: Any, tmp_path: Path) -> Iterator[OpenPage]:
-    """Opens the page of a trace; at the end, it must have complained of nothing."""
-    pages = []
+    """Opens the page of a trace; before the next, or at the end, it must have complained of
+    nothing."""
+    pages: list[Page] = []
 
     def opened(lines: list[Line], **size: int) -> Page:
+        assert not pages or pages[-1].problems() == []
         path = tmp_path / f"page {len(pages)}.html"
         path.write_text(page_of(lines), encoding="utf-8")
         pages.append(Page(browser, path, **size))
@@ -689,6 +691,15 @@ def test_a_heading_under_which_nothing_was_written_goes_away(open_page: OpenPage
     assert page.texts()[1] == [""] == shown(lines, 1).live
     assert page.all(".worker header p") == ["has ended"]
     assert page.all(".worker .para") == []
+
+
+def test_sizes_have_three_digits(open_page: OpenPage) -> None:
+    page = open_page(simulate(1, steps=2))
+    sizes = {
+        0: "0 B", 999: "999 B", 46_080: "46.1 kB", 999_499: "999 kB", 999_600: "1.00 MB",
+        123_456_789: "123 MB", 999_999_999: "1.00 GB", 12_345_678_901: "12.3 GB",
+    }  # fmt: skip
+    assert page.js("return arguments[0].map(bytes)", list(sizes)) == list(sizes.values())
 
 
 def test_a_step_changes_little_of_a_long_page(open_page: OpenPage) -> None:
