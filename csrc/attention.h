@@ -92,7 +92,7 @@ struct LayerPages {
 // ---- the plan of a step -------------------------------------------------------------------
 
 // Keys [begin, end) of one segment: the unit whose partial result is folded, in list order,
-// into a row's result.
+// into a row's result; or, where short segments share a tile, a part of that unit.
 struct Chunk {
   int32_t segment;
   int32_t begin, end;

@@ -3,7 +3,8 @@
 // For each pair (KV heads, row group) the rows' queries are rotated on entering a segment; then,
 // tile by tile, scores, softmax and the weighted sum of values run over all rows that see the
 // tile, so that a tile is read from memory once for all of them. A chunk's partial result is
-// folded into the rows' running result when the chunk ends.
+// folded into the rows' running result when the chunk ends. Short chunks may share a tile: each is
+// scored with queries rotated for it, and from there on they are one chunk.
 //
 // A pair has one KV head, or, where a token's heads lie side by side in memory, several that take
 // turns at each tile: so memory is read in order.
