@@ -260,8 +260,10 @@ class Run:
                 stats.seconds = self._now()
                 if self._steps == 1:
                     stats.first_token_seconds = stats.seconds
-                yield from events
-                self._resumed = clock()
+                try:
+                    yield from events
+                finally:
+                    self._resumed = clock()
         except (KeyboardInterrupt, GeneratorExit):  # the second: closed between two events
             if not self._is_over:
                 self._stopped_by = "interrupted"
