@@ -432,6 +432,9 @@ def score(logits: torch.Tensor, answer: int, words: Sequence[int]) -> Score:
     return Score(float(log_probabilities[answer]), best == answer, said == answer)
 
 
+WAYS = ("live", "plain", "hidden", "in_order", "alone")
+
+
 @dataclass(frozen=True)
 class Trial:
     """One question."""
@@ -448,8 +451,8 @@ class Trial:
     in_order: Score | None
     alone: Score | None
     # How much more a word is liked for standing in the text, nats, if that was tried.
-    first_hand: float | None
-    second_hand: float | None  # by a reader that does not see the text
+    first_hand: float | None = None
+    second_hand: float | None = None  # by a reader that does not see the text
 
     @classmethod
     def of(
@@ -701,6 +704,52 @@ def print_second_hand(trials: Sequence[Trial]) -> None:
             )
 
 
+def write_record(path: Path, trials: Sequence[Trial], seed: int, dtype: str) -> None:
+    """Keeps a run for `read_records`."""
+    record = {"seed": seed, "dtype": dtype, "trials": [asdict(trial) for trial in trials]}
+    path.write_text(json.dumps(record))
+
+
+def read_records(paths: Sequence[Path]) -> tuple[list[Trial], str, list[str]]:
+    """The trials of several runs as of one, their dtype, and what each run was.
+
+    Raises ValueError for files that are not of runs with different seeds and one dtype.
+    """
+    trials: list[Trial] = []
+    seeds, dtypes, runs = set(), set(), []
+    for path in paths:
+        record = json.loads(path.read_text())
+        try:
+            seed, dtype, found = record["seed"], record["dtype"], record["trials"]
+            seeds.add(seed)
+            dtypes.add(dtype)
+            shift = 1 + max((trial.group for trial in trials), default=-1)
+            for trial in found:
+                scores = {way: trial[way] and Score(**trial[way]) for way in WAYS}
+                trials.append(Trial(**{**trial, **scores, "group": trial["group"] + shift}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected what --json wrote: {error!r}") from None
+        runs.append(f"seed {seed}, {dtype}: {len(found)} questions")
+    if len(seeds) < len(paths) or len(dtypes) > 1:
+        raise ValueError(f"--pool: expected runs with different seeds and one dtype, got {runs}")
+    return trials, dtypes.pop(), runs
+
+
+def report(trials: Sequence[Trial], dtype: str, words: int) -> int:
+    """Prints all tables, and what must hold; the exit code."""
+    found = verdicts(trials, 1 / words, dtype)
+    print()
+    print_table(trials)
+    print()
+    print_explanation(trials)
+    print()
+    print_second_hand(trials)
+    print()
+    for good, text in found:
+        print(f"{'PASS' if good else 'FAIL'}  {text}  ")
+    return 0 if all(good for good, _ in found) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trials", type=int, help="questions, about (default 1100; quick 121)")
@@ -712,8 +761,16 @@ def main() -> int:
         help="few and short pages, too few for so narrow an interval",
     )
     parser.add_argument("--threads", type=int, help="of torch (default: one a core)")
-    parser.add_argument("--json", type=Path, help="a file for all trials")
+    parser.add_argument("--json", type=Path, help="a file for all trials, for --pool")
+    parser.add_argument(
+        "--pool", type=Path, nargs="+", metavar="FILE",
+        help="measure nothing: the tables of these files of --json together",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.pool:
+        trials, dtype, runs = read_records(options.pool)
+        print(*(f"- {run}" for run in runs), sep="\n")
+        return report(trials, dtype, len(WORDS))
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -731,7 +788,6 @@ def main() -> int:
     trials = measure(model, plain, vocabulary, pages, rng)
     seconds = time.perf_counter() - started
 
-    chance = 1 / len(vocabulary.words)
     print(f"- {time.strftime('%Y-%m-%d')}: python {' '.join(sys.argv)}")
     print(
         f"- {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; hogwild_ext "
@@ -746,20 +802,9 @@ def main() -> int:
         f"{max(t.distance for t in trials):,} tokens between fact and question; "
         f"{len(vocabulary.words)} words to choose from"
     )
-    found = verdicts(trials, chance, options.dtype)
-    print()
-    print_table(trials)
-    print()
-    print_explanation(trials)
-    print()
-    print_second_hand(trials)
-    print()
-    for good, text in found:
-        print(f"{'PASS' if good else 'FAIL'}  {text}  ")
     if options.json:
-        record = {"options": vars(options) | {"json": None}, "trials": [asdict(t) for t in trials]}
-        options.json.write_text(json.dumps(record))
-    return 0 if all(good for good, _ in found) else 1
+        write_record(options.json, trials, options.seed, options.dtype)
+    return report(trials, options.dtype, len(vocabulary.words))
 
 
 if __name__ == "__main__":

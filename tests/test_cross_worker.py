@@ -281,6 +281,26 @@ def test_verdicts() -> None:
     assert len(cw.verdicts(trials(noise.tolist(), by_chance), 1 / 16, "bfloat16")) == 3
 
 
+def test_runs_with_other_seeds_are_pooled(tmp_path: Path) -> None:
+    first = trials([0.1, 0.2, 0.3], [False, True, False])
+    second = [replace(first[0], alone=None, first_hand=1.0, second_hand=0.5)]
+    paths = [tmp_path / "one.json", tmp_path / "two.json"]
+    cw.write_record(paths[0], first, 1, "float32")
+    cw.write_record(paths[1], second, 2, "float32")
+    pooled, dtype, runs = cw.read_records(paths)
+    # The groups of one run are not those of the other.
+    assert pooled == [*first, replace(second[0], group=3)]
+    assert dtype == "float32" and runs[1] == "seed 2, float32: 1 questions"
+
+    for seed, other in ((1, "float32"), (2, "bfloat16")):
+        cw.write_record(paths[1], second, seed, other)
+        with pytest.raises(ValueError, match="expected runs with different seeds and one dtype"):
+            cw.read_records(paths)
+    paths[1].write_text("{}")
+    with pytest.raises(ValueError, match=r"two\.json: expected what --json wrote"):
+        cw.read_records(paths)
+
+
 def test_a_run(
     plain: transformers.PreTrainedModel,
     model: transformers.PreTrainedModel,
