@@ -561,7 +561,7 @@ def _preferences(
 
     `before` is what `read_live` gave with `rng` as it is now.
     """
-    chosen = random.Random(rng.random())
+    chosen = random.Random(copy.copy(rng).random())  # `rng` is for the steps, the same again
     changed = [with_another_word(page, vocabulary.words, chosen) for page in pages]
     after = read_live(model, [page for page, _, _ in changed], rng)
     found = {}

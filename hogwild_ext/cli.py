@@ -603,12 +603,12 @@ def _run(options: argparse.Namespace) -> int:
             for event in run:
                 view.show(event)
         except KeyboardInterrupt:  # the second one, which does not wait for the step to end
-            pass
+            run.close()
         result = run.result()
         view.end(result, _summary(result, max_steps))
     if options.trace is not None:
         _say(f"wrote {options.trace}; to look at it: hogwild view {options.trace}")
-    return 130 if result.stopped_by in (None, "interrupted") else 0
+    return 130 if result.stopped_by == "interrupted" else 0
 
 
 def _check_snapshots(options: argparse.Namespace, max_steps: int) -> None:

@@ -105,6 +105,9 @@ class Hogwild:
                     f"{checks.describe(tokenizer)}"
                 )
         self.tokenizer = tokenizer
+        # Some tokenizers put a space before every text; in the middle of a page there is none.
+        line = self._tokens("\n")
+        self._before = line if len(line) > 1 and not tokenizer.decode(line[:1]).strip() else []
         self.names = worker_names(workers)
         self.layout = layout_from(layout)
         if max_tokens is None:
@@ -128,11 +131,12 @@ class Hogwild:
         if self.closing:
             before = len(self.encode(prompts.paragraph_break))
             self.reserved_tokens = before + len(self.closing) + self.answer_tokens
-        self.ends_of_sequence = _ends_of_sequence(generation_config, tokenizer)
-        never = [self.encode(text) for text in prompts.forbidden(self.names)]
-        never += [[token] for token in sorted(_special(tokenizer) - self.ends_of_sequence)]
         # A tokenizer may know tokens that the model has no logits for.
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        ends = _ends_of_sequence(generation_config, tokenizer)
+        self.ends_of_sequence = frozenset(token for token in ends if 0 <= token < self.vocab_size)
+        never = [self.encode(text) for text in prompts.forbidden(self.names)]
+        never += [[token] for token in sorted(_special(tokenizer) - self.ends_of_sequence)]
         never = [tokens for tokens in never if tokens and max(tokens) < self.vocab_size]
         self.sampler = Sampler(generation_config, logits_processors, never)
         plain = GenerationConfig(
@@ -147,6 +151,27 @@ class Hogwild:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that goes on in the middle of the page."""
+        if self._before:
+            tokens = self._tokens("\n" + text)
+            count = len(self._before)
+            if tokens[:count] == self._before:
+                return tokens[count:]
+        return self._tokens(text)
+
+    def encode_first(self, text: str) -> list[int]:
+        """The tokens of what the page begins with.
+
+        Raises ValueError for tokens that the model does not know.
+        """
+        tokens, known = self._tokens(text), self.model.get_input_embeddings().weight.shape[0]
+        if tokens and max(tokens) >= known:
+            raise ValueError(
+                f"tokenizer: expected the model's own, which has {known} tokens, got token "
+                f"{max(tokens)}, {self.tokenizer.decode([max(tokens)])!r}, in the prompt"
+            )
+        return tokens
+
+    def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return tokens
 

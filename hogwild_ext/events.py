@@ -22,7 +22,7 @@ class Event:
             "conclusion": the worker was made to give an answer, at a snapshot or because the time
             is up; `text` is the closing text and what the worker wrote behind it.
             "stop": the run is over; `text` says why (one of `STOP_REASONS`), `worker` is None
-            unless it gave the final answer. The last event of every run.
+            unless it gave the final answer. The last event of every run that was not broken off.
         step: the forward pass, counting from 1.
         worker: its name.
         paragraph: which of the worker's paragraphs, counting from 1.

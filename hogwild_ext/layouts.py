@@ -62,6 +62,9 @@ class Layout(ABC):
     def view(self, page: Page, worker: int) -> list[Segment]:
         """The segments that `worker` reads, in its order; its own live one is the last.
 
+        From one step to the next it may grow by what is written, and by paragraphs that are
+        finished: room is kept for these.
+
         A text that is the same in all steps (the prompt, a heading) is encoded once, in the first
         view of the first step that shows it, behind what stands before it there. One that no view
         of the first step shows stays empty.
@@ -121,6 +124,10 @@ LAYOUTS: dict[str, type[Layout]] = {
 def layout_from(layout: str | Layout) -> Layout:
     """The layout of this name, or the one given. Raises ValueError for an unknown name."""
     if isinstance(layout, Layout):
+        if not isinstance(getattr(layout, "name", None), str):
+            raise TypeError(
+                f"layout: expected a Layout with a name, a string, got {checks.describe(layout)}"
+            )
         return layout
     if not isinstance(layout, str):
         raise TypeError(

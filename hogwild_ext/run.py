@@ -18,6 +18,7 @@ which shares the memory of the page, so the page never knows.
 from __future__ import annotations
 
 import copy
+import inspect
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -197,11 +198,15 @@ class Run:
         self.close()
 
     def stop(self) -> None:
-        """Ends the run after the current step, as Ctrl-C would. Signal handlers may call it."""
+        """Ends the run after the current step, as Ctrl-C would: after the one whose events are
+        coming, if it is over already. Signal handlers may call it."""
         self._stop_wanted = True
 
     def close(self) -> None:
-        """Gives back the page's memory. No more events come."""
+        """Gives back the page's memory. No more events come: a run that is not over is ended."""
+        if inspect.getgeneratorstate(self._events) == inspect.GEN_CREATED:
+            self._resumed = time.perf_counter()
+            self._interrupt()
         self._events.close()
         self._release()
 
@@ -231,7 +236,8 @@ class Run:
 
     def _later_snapshots(self) -> list[Snapshot]:
         """With a larger budget than it needed, a run that ended by itself gives the same answer."""
-        if self._stopped_by is None or self._stopped_by == "interrupted":
+        was_cut = self._stop_wanted and self._answer is None
+        if self._stopped_by is None or self._stopped_by == "interrupted" or was_cut:
             return []
         taken = {snapshot.steps for snapshot in self._snapshots}
         return [
@@ -242,35 +248,42 @@ class Run:
     # ---- the loop ---------------------------------------------------------------------------
 
     def _play(self) -> Generator[Event, None, None]:
-        stats, clock = self._stats, time.perf_counter
         try:
-            self._resumed = clock()
+            self._resumed = time.perf_counter()
             rows = self._opening_rows()
-            while self._stopped_by is None:
-                events = self._step(rows)
-                wanted = self._steps in self._budgets and not self._stop_wanted
-                if self._stopped_by is None and wanted:
-                    events += self._take_snapshot()
+            while True:
+                yield from self._told(self._step(rows))
                 if self._stopped_by is None:
+                    if self._steps in self._budgets and not self._stop_wanted:
+                        yield from self._told(self._take_snapshot())
                     self._stopped_by = self._limit()
-                if self._stopped_by is None:
-                    rows = self._next_rows()
-                else:
-                    events += self._ending()
-                stats.seconds = self._now()
-                if self._steps == 1:
-                    stats.first_token_seconds = stats.seconds
-                try:
-                    yield from events
-                finally:
-                    self._resumed = clock()
+                if self._stopped_by is not None:
+                    break
+                rows = self._next_rows()
+            yield from self._told(self._ending())
         except (KeyboardInterrupt, GeneratorExit):  # the second: closed between two events
-            if not self._is_over:
-                self._stopped_by = "interrupted"
-                self._record_stop()
+            self._interrupt()
             raise
         finally:
             self._release()
+
+    def _told(self, events: list[Event]) -> Iterator[Event]:
+        """Hands out events; the time that the caller takes for them is its own."""
+        stats = self._stats
+        stats.seconds = self._now()
+        if not stats.first_token_seconds:
+            stats.first_token_seconds = stats.seconds
+        try:
+            yield from events
+        finally:
+            self._resumed = time.perf_counter()
+
+    def _interrupt(self) -> None:
+        """The end of a run that is cut short."""
+        if not self._is_over:
+            self._stopped_by = "interrupted"
+            self._record_stop()
+            self._stats.seconds = self._now()
 
     def _now(self) -> float:
         """Seconds of the run, without those of the caller."""
@@ -299,14 +312,15 @@ class Run:
         Asked before the page changes for that step: the conclusion is to see all of it.
         """
         team, page = self._team, self._page
-        new = sum(token_count(worker.pending) for worker in self._workers if worker.writes)
-        closing = [worker for worker in self._workers if worker.closes]
+        writers = [worker for worker in self._workers if worker.writes]
+        new = sum(token_count(worker.pending) for worker in writers)
+        closing = [worker for worker in writers if worker.closes]
         for worker in closing:
             if not worker.ended:
                 new += len(team.encode(self._next_paragraph(worker).above))
         # What is finished, everybody sees.
         finished = [page.live[worker.index] for worker in closing if team.layout.commits]
-        views = [{*self._view(worker), *finished} for worker in self._workers]
+        views = [{*self._view(worker), *finished} for worker in writers]
         longest = max(sum(map(len, view)) for view in views)
         if longest + new + team.reserved_tokens > team.max_position:
             return True
@@ -347,7 +361,9 @@ class Run:
         rows = []
         for view in (row.view for row in speaking):
             for i, segment in enumerate(view):
-                if (text := texts.pop(segment, None)) and (tokens := team.encode(text)):
+                text = texts.pop(segment, "")
+                encode = team.encode_first if segment is page.prompt else team.encode
+                if tokens := encode(text):
                     rows.append(_Row(view[: i + 1], [(tokens, text)]))
         rows += speaking
 

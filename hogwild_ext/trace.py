@@ -45,10 +45,11 @@ FIELDS = {
 class Recorder:
     """Writes a trace. Every line is on its way to the disk when the call returns.
 
-    Raises OSError if `path` cannot be written; a file that is there is replaced.
+    Raises OSError if `path` cannot be written, then or later; a file that is there is replaced.
     """
 
     def __init__(self, path: str | Path, segments: Sequence[Segment], header: Line) -> None:
+        self._path = str(path)
         self._numbers = {segment: number for number, segment in enumerate(segments)}
         self._out = open(path, "w", encoding="ascii", buffering=1)  # noqa: SIM115
         names = [segment.name for segment in segments]
@@ -63,9 +64,14 @@ class Recorder:
         return [[self._numbers[segment], len(segment)] for segment in view]
 
     def write(self, line: Line) -> None:
-        """Adds a line."""
-        # ASCII only: no line separator of Unicode can then split a line.
-        self._out.write(json.dumps(line) + "\n")
+        """Adds a line, if the file is open still: Python may have closed that of a dropped run."""
+        if self._out.closed:
+            return
+        try:
+            # ASCII only: no line separator of Unicode can then split a line.
+            self._out.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk; the error itself does not say where
+            raise OSError(error.errno, error.strerror, self._path) from None
 
     def close(self) -> None:
         """Ends the file."""

@@ -384,6 +384,22 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(
     assert (result["stopped_by"], result["steps"]) == ("interrupted", 3)
 
 
+def test_a_second_ctrl_c_while_an_event_is_shown(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = live.JsonView.show
+
+    def show(view: Any, event: Event) -> None:
+        if event.step == 3:
+            raise KeyboardInterrupt
+        real(view, event)
+
+    monkeypatch.setattr(live.JsonView, "show", show)
+    assert run(folder, "What?", "--max-steps", "99", "--json") == 130
+    result = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])
+    assert (result["stopped_by"], result["steps"]) == ("interrupted", 3)
+
+
 def test_ctrl_c_while_loading(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

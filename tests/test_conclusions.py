@@ -364,6 +364,41 @@ def test_the_last_conclusion_sees_all_that_was_written(
     assert seen.count("a.\n\n") == written.count("a.\n\n")
 
 
+def test_ctrl_c_in_a_conclusion_loses_nothing_of_the_step(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Concludes(monkeypatch, {"A": say("so it"), "B": say("um, a")}, [""])
+    run = team(model, ["A", "B"], prompts=CLOSING).stream("p", 3)
+    real = script._forward
+
+    def forward(model: Any, cache: Any, views: Any, tokens: Any) -> Any:
+        if views[0][-1].name.endswith(".1"):
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        return real(model, cache, views, tokens)
+
+    script._forward = forward
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        for event in run:
+            events.append(event)
+    told = "".join(event.text for event in events if event.kind == "token" and event.worker == "A")
+    result = run.result()
+    assert told == result.workers[0].text == "so "
+    assert result.stopped_by == "interrupted"
+    assert result.stats.seconds > 0.05 + result.stats.forward_seconds
+
+
+def test_a_stopped_run_guesses_no_snapshots(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Concludes(monkeypatch, {"A": [A, EOS], "B": [B, EOS]}, [])
+    run = team(model, ["A", "B"], prompts=CLOSING).stream("p", 20, snapshots=[10])
+    for event in run:
+        if event.kind == "end":
+            run.stop()
+    assert (run.result().stopped_by, run.result().answer) == ("end", None)
+    assert run.result().snapshots == []
+
+
 def test_a_snapshot_that_was_cut_short_is_none(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Concludes(monkeypatch, {}, [])
     run = team(model, 2, prompts=CLOSING).stream("p", 9, snapshots=[2])

@@ -301,6 +301,28 @@ def test_runs_with_other_seeds_are_pooled(tmp_path: Path) -> None:
         cw.read_records(paths)
 
 
+def test_only_the_word_is_another_one(
+    model: transformers.PreTrainedModel,
+    vocabulary: cw.Vocabulary,
+    rng: random.Random,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pages are written once more in the same steps: without another word, nothing changes."""
+
+    def unchanged(page: cw.Page, words: list[int], rng: random.Random) -> tuple[cw.Page, int, int]:
+        return (
+            page,
+            page.others[0],
+            next(w for w in words if w != page.facts[page.others[0]].answer),
+        )
+
+    monkeypatch.setattr(cw, "with_another_word", unchanged)
+    pages = pages_of(vocabulary, rng)
+    before = cw.read_live(model, pages, copy.copy(rng))
+    found = cw._preferences(model, pages, vocabulary, before, rng)
+    assert set(found.values()) == {(0.0, 0.0)}
+
+
 def test_a_run(
     plain: transformers.PreTrainedModel,
     model: transformers.PreTrainedModel,

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import random
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
@@ -25,7 +26,7 @@ from hogwild_ext import run as runs
 from hogwild_ext import trace
 from hogwild_ext.answers import boxed_answer
 from hogwild_ext.events import EVENT_KINDS, Event, Result
-from hogwild_ext.layouts import LAYOUTS, Combined
+from hogwild_ext.layouts import LAYOUTS, Combined, Layout
 from hogwild_ext.sampling import Sampler
 from hogwild_ext.text_decoder import TextDecoder
 from models import tiny_model
@@ -39,6 +40,7 @@ from scripted import (
     B,
     C,
     Script,
+    byte_tokenizer,
     decode,
     random_lines,
     sampled,
@@ -340,6 +342,61 @@ def test_a_full_context_ends_the_run_with_what_there_is(
         assert 250 <= result.stats.encoded_tokens <= 256
 
 
+def test_who_has_ended_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A's view would be longer than B's, which is all that is read."""
+    Script(monkeypatch, {"A": [A, EOS]})
+    small = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=300)
+    result = team(small, ["A", "B"]).run("p", 4000)
+    assert result.stopped_by == "context"
+    prompt = PROMPTS.opening(TOKENIZER, ["A", "B"], "p", Combined())
+    seen = TOKENIZER.encode(prompt + "#A1:a\n\n#B1:" + result.workers[1].text[:-1])
+    assert 298 <= len(seen) <= 300
+
+
+def test_tokens_without_logits_end_nothing(model: Any) -> None:
+    config = GenerationConfig(eos_token_id=[EOS, VOCABULARY + 3], do_sample=False)
+    assert team(model, 2, generation_config=config).run("p", 3).steps == 3
+
+
+def test_a_tokenizer_of_another_model_is_named(model: Any) -> None:
+    other = byte_tokenizer("{{ '<more>' + messages[0].content }}")
+    other.add_tokens(["<more>"])
+    message = f"tokenizer: expected the model's own, which has {VOCABULARY} tokens, got .*'<more>'"
+    with pytest.raises(ValueError, match=message):
+        hx.Hogwild(model, other, 1, prompts=PROMPTS).run("p", 3)
+
+
+def test_no_space_is_put_into_the_middle_of_a_page(model: Any) -> None:
+    """Tokenizers like Llama 2's put one before every text, and so before every heading."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<pad>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(128)), "▁", *letters]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    assert fast.convert_ids_to_tokens(fast.encode("\n")) == ["▁", "<0x0A>"]
+    prompts = replace(PROMPTS, not_first=("\n", "x"), never=("B:",))
+    spaced = hx.Hogwild(model, fast, ["A", "B"], prompts=prompts, seed=1)
+    for text in ("\n\nA:", "**A [1]:**", " ...\n", "x"):
+        tokens = spaced.encode(text)
+        plain = "".join(fast.convert_ids_to_tokens(tokens))
+        assert plain.replace("▁", " ").replace("<0x0A>", "\n") == text
+    assert spaced.encode("") == []
+    run = spaced.stream("p", 12)
+    assert [words[token] for token in run._not_first] == ["<0x0A>", "x"]
+    events = list(run)
+    for worker in run.result().workers:
+        told = "".join(e.text for e in events if e.worker == worker.name and e.kind == "token")
+        assert worker.text == told
+    # With other tokenizers nothing changes.
+    assert team(model).encode("\n\nA:") == TOKENIZER.encode("\n\nA:")
+
+
 @pytest.mark.parametrize("closing", ["", "\nNow: "])
 @pytest.mark.parametrize("limit", ["positions", "room"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -448,8 +505,31 @@ def test_a_stream_can_be_stopped(model: Any) -> None:
         if event.step == 5:
             run.stop()
     result = run.result()
-    assert result.stopped_by == "interrupted" and result.steps in (5, 6)
+    assert (result.stopped_by, result.steps) == ("interrupted", 5)
     assert next(run, None) is None
+
+
+def test_a_run_that_never_began_was_interrupted_too(model: Any, tmp_path: Path) -> None:
+    with team(model).stream("p", trace=tmp_path / "run.jsonl") as run:
+        pass
+    assert run.result().stopped_by == "interrupted" and run.result().stats.seconds < 0.01
+    (stop,) = trace.read(tmp_path / "run.jsonl").lines
+    assert (stop["kind"], stop["reason"]) == ("stop", "interrupted") and stop["time"] < 0.01
+
+
+def test_a_dropped_run_says_nothing(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python closes its trace, and then ends it."""
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    for number in range(5):
+        for event in team(model, 2).stream("p", trace=tmp_path / f"{number}.jsonl"):
+            if event.step == 2:
+                break
+        del event
+        gc.collect()
+    assert said == []
 
 
 def test_an_error_of_the_model_is_not_swallowed(
@@ -587,6 +667,11 @@ def test_text_is_decoded_as_what_follows_its_heading(
 # ---- arguments -----------------------------------------------------------------------------------
 
 
+class Nameless(Layout):
+    def view(self, page: Any, worker: int) -> list[Any]:
+        return [page.prompt, page.live[worker]]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -600,6 +685,7 @@ def test_text_is_decoded_as_what_follows_its_heading(
         ({"workers": ["A", "B\n"]}, ValueError, "workers: expected names of printable"),
         ({"layout": "circle"}, ValueError, "layout: expected one of combined.* got 'circle'"),
         ({"layout": 3}, TypeError, "layout: expected a name"),
+        ({"layout": Nameless()}, TypeError, "layout: expected a Layout with a name, a string"),
         ({"max_tokens": 0}, ValueError, "max_tokens: expected an integer from 1"),
         ({"seed": -1}, ValueError, "seed: expected an integer from 0"),
         ({"seed": 1.5}, TypeError, "seed: expected an integer"),
