@@ -177,6 +177,7 @@ class Page:
     facts: list[Fact]
     reader: int
     filler: int  # tokens, all workers together
+    reader_filler: int  # of these, the reader's own
 
     @property
     def others(self) -> list[int]:
@@ -206,19 +207,20 @@ def make_page(
     """
     stems = rng.sample(vocabulary.stems, workers)
     reader = rng.randrange(workers)
-    texts, facts = [], []
+    texts, facts, reader_filler = [], [], 0
     for worker, stem in enumerate(stems):
         answer = rng.choice(vocabulary.words)
         fact = [*stem, answer, vocabulary.full_stop]
         count = filler // workers
         if worker == reader and rng.random() < 0.5:
             count = 0  # for short distances
+        reader_filler += count * (worker == reader)
         place = rng.random()
         first = round(count * place)
         before = [*vocabulary.headings[worker], *vocabulary.filler(first, rng)]
         texts.append([*before, *fact, *vocabulary.filler(count - first, rng)])
         facts.append(Fact(stem, answer, len(before) + len(fact), place))
-    return Page(prompt, texts, facts, reader, filler)
+    return Page(prompt, texts, facts, reader, filler, reader_filler)
 
 
 # ---- three ways of reading, and a fourth ---------------------------------------------------------
@@ -445,6 +447,7 @@ class Trial:
     distance: int  # tokens between fact and question, in the reader's order
     place: float  # of the fact in its text, 0 to 1
     nearest: bool  # the text with the fact is the last of the others' in the reader's view
+    reader_filler: int  # tokens that the reader wrote beside its own fact
     live: Score
     plain: Score
     hidden: Score
@@ -472,6 +475,7 @@ class Trial:
             distance=page.distance(worker),
             place=page.facts[worker].place,
             nearest=worker == page.others[-1],
+            reader_filler=page.reader_filler,
             live=scores[0],
             plain=scores[1],
             hidden=scores[2],
@@ -610,6 +614,12 @@ def groups(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
     for nearest in (False, True):
         several = [t for t in trials if t.workers > 2 and t.nearest == nearest]
         yield "in the last of several texts" if nearest else "in one before that", several
+    for has_text in (True, False):
+        name = "a text" if has_text else "its fact only"
+        yield (
+            f"meanwhile the reader writes {name}",
+            [t for t in trials if bool(t.reader_filler) == has_text],
+        )
     yield "facts only, all at the same moment", only_facts
 
 
@@ -689,8 +699,11 @@ def print_explanation(trials: Sequence[Trial]) -> None:
 
 
 def print_second_hand(trials: Sequence[Trial]) -> None:
-    """Whether a word that a reader cannot see reaches it through what others wrote."""
-    tried = [t for t in trials if t.second_hand is not None]
+    """Whether a word that a reader cannot see reaches it through what others wrote.
+
+    Of pages with filler: where all facts are written at the same moment, nobody could tell.
+    """
+    tried = [t for t in trials if t.second_hand is not None and t.filler]
     for name, some in (
         ("2 workers", [t for t in tried if t.workers == 2]),
         ("more", [t for t in tried if t.workers > 2]),

@@ -1,8 +1,9 @@
 """A run of a team: the steps, and what they bring.
 
 See sections 3 and 4 of arXiv 2504.06261. A *step* is one forward pass; every worker that has not
-ended gets one token from each. A *paragraph* is what a worker writes until a finished sentence and
-an empty line; it then moves into the history, which all workers read first.
+ended gets one token from each. A *paragraph* is what a worker writes until `Hogwild.paragraph_ends`
+says so: a finished sentence and an empty line, as a rule. It then moves into the history, which all
+workers read first.
 
 Every token is encoded exactly once. In the step that brings the last token of a paragraph, its
 writer therefore stands twice: once to store that token at the end of the old paragraph, and once

@@ -189,7 +189,7 @@ def test_texts_are_written_at_the_same_time(
     page = next(  # in which the reader has a text like everybody else
         page
         for page in (cw.make_page(vocabulary, prompt, 3, 300, rng) for _ in range(100))
-        if len(page.texts[page.reader]) > 100
+        if page.reader_filler
     )
     watch = Watch(monkeypatch)
     cw.read_live(model, [page], rng)
@@ -250,6 +250,7 @@ def trials(differences: list[float], hidden: list[bool]) -> list[cw.Trial]:
                 distance=20,
                 place=0.5,
                 nearest=True,
+                reader_filler=0,
                 live=cw.Score(-2.0 + d, True, True),
                 plain=plain,
                 hidden=cw.Score(-7, h, h),
