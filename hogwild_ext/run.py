@@ -282,7 +282,8 @@ class Run:
     def _interrupt(self) -> None:
         """The end of a run that is cut short."""
         if not self._is_over:
-            self._stopped_by = "interrupted"
+            if self._answer is None:
+                self._stopped_by = "interrupted"
             self._record_stop()
             self._stats.seconds = self._now()
 

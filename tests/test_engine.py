@@ -517,6 +517,19 @@ def test_a_run_that_never_began_was_interrupted_too(model: Any, tmp_path: Path) 
     assert (stop["kind"], stop["reason"]) == ("stop", "interrupted") and stop["time"] < 0.01
 
 
+def test_an_answer_stays_the_reason_if_nobody_waits_for_the_end(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Script(monkeypatch, {"A": say("\\boxed{3}")})
+    with team(model, ["A", "B"]).stream("p", trace=tmp_path / "run.jsonl") as run:
+        for _ in run:
+            if run.result().answer:
+                break
+    assert (run.result().answer, run.result().stopped_by) == ("3", "answer")
+    stop = trace.read(tmp_path / "run.jsonl").lines[-1]
+    assert (stop["kind"], stop["reason"], stop["worker"]) == ("stop", "answer", "A")
+
+
 def test_a_dropped_run_says_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
