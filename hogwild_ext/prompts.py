@@ -123,6 +123,10 @@ class Prompts:
         """All texts, as a file that `read` takes."""
         import tomlkit
 
+        def item(text: str) -> Any:
+            # Over several lines, a file would lose a \r before the end of a line.
+            return tomlkit.string(text, multiline="\n" in text and "\r" not in text)
+
         document = tomlkit.document()
         for name in _NAMES:
             value = getattr(self, name)
@@ -131,10 +135,10 @@ class Prompts:
             elif name == "how_to_read":
                 table = tomlkit.table()
                 for layout, text in value.items():
-                    table.add(layout, tomlkit.string(text, multiline="\n" in text))
+                    table.add(layout, item(text))
                 document.add(name, table)
             else:
-                document.add(name, tomlkit.string(value, multiline="\n" in value))
+                document.add(name, item(value))
         return tomlkit.dumps(document)
 
     # ---- what is said -----------------------------------------------------------------------

@@ -198,6 +198,14 @@ def test_a_file_says_all_that_we_do(prompts: Prompts, tmp_path: Path) -> None:
         assert text.name in prompts.as_toml()
 
 
+def test_a_file_keeps_every_character(tmp_path: Path) -> None:
+    odd = 'one\r\ntwo\rthree\n""" \\ \t\x07\u20ac'
+    prompts = replace(REASONING, system=odd, how_to_read={"own": odd}, never=(odd, ""))
+    path = tmp_path / "prompts.toml"
+    path.write_text(prompts.as_toml(), encoding="utf-8")
+    assert Prompts.read(path, replace(SHORT, how_to_read={})) == prompts
+
+
 def test_a_file_changes_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
