@@ -661,10 +661,12 @@ def verdicts(trials: Sequence[Trial], chance: float, dtype: str) -> list[tuple[b
     difference = interval(trials, lambda trial: trial.difference)
     hidden = interval(trials, lambda trial: trial.hidden.chosen)
     plain = interval(trials, lambda trial: trial.plain.chosen)
+    live = interval(trials, lambda trial: trial.live.chosen)
     found = [
         (
             plain.low > 2 * chance,
-            f"the question can be answered: plain is right in {plain:.1%}, chance is {chance:.2%}",
+            f"the question can be answered: plain is right in {plain:.1%}, chance is {chance:.2%}; "
+            f"live in {live:.1%}",
         ),
         (
             difference.holds(0) and difference.width < WIDEST,
