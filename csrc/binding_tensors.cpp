@@ -155,15 +155,15 @@ class TensorReader {
   }
 
   bool read(py::handle object, DLTensor& t) const {
-    if (!show(object, t)) return false;
+    constexpr uint8_t COMPLEX = 5;  // may wait to be conjugated
+    if (!show(object, t) || t.dtype.code == COMPLEX) return false;
     const int64_t elements = span(t);
     if (elements == 0) return true;
-    const py::object storage = ask(object, storage_);
-    if (!t.data || !storage || ask(object, negative_).ptr() != Py_False) return false;
-    const py::object offset = ask(object, offset_);
-    if (!offset) return false;
-    const int64_t end = PyLong_AsLongLong(offset.ptr()) + elements;
-    return end * (t.dtype.bits / 8) <= PyObject_Size(storage.ptr());
+    const py::object storage = ask(object, storage_), offset = ask(object, offset_);
+    if (!storage || !offset || ask(object, negative_).ptr() != Py_False) return false;
+    const int64_t size = t.dtype.bits / 8, begin = PyLong_AsLongLong(offset.ptr());
+    const bool has_memory = address(t) != begin * size;  // no memory begins at 0
+    return has_memory && (begin + elements) * size <= PyObject_Size(storage.ptr());
   }
 
   bool rows(py::handle object, int32_t rank, DLTensor& t) const {

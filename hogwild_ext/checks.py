@@ -25,7 +25,8 @@ _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 HIDDEN = _C.HIDDEN
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-TENSORS = _C.TensorReader(*_PLAIN_TYPES)
+TENSORS: Any = _C.TensorReader(*_PLAIN_TYPES)
+"""Looks at many tensors at once, where torch shows them to C."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -41,7 +42,10 @@ def describe(value: object) -> str:
     """A short description of what came: type, and shape and dtype where there are any."""
     if isinstance(value, torch.Tensor):
         kind = "tensor" if type(value) in _PLAIN_TYPES else type(value).__name__
-        shape = "" if value.is_nested else f" {list(value.shape)}"  # those have no one shape
+        try:
+            shape = f" {list(value.shape)}"
+        except RuntimeError:  # nested, or not initialised
+            shape = ""
         place = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"a {kind}{shape} of {str(value.dtype).removeprefix('torch.')}{place}"
     if isinstance(value, np.ndarray):
@@ -85,13 +89,15 @@ def is_plain(name: str, value: torch.Tensor) -> torch.Tensor:
             f"{name}: expected a dense tensor, got a {kind} one; to_dense(), to_padded_tensor() or "
             "dequantize() makes one of it"
         )
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with numbers in it, got {describe(value)}")
     if value.is_neg() or value.is_conj():
         return is_plain(name, value.resolve_neg().resolve_conj())
     if value.device.type in ("cpu", "cuda") and value.numel():
         last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-        needed = (value.storage_offset() + last + 1) * value.element_size()
-        there = value.untyped_storage().nbytes()
-        if there < needed or not value.data_ptr():
+        begin, size = value.storage_offset(), value.element_size()
+        needed, there = (begin + last + 1) * size, value.untyped_storage().nbytes()
+        if there < needed or value.data_ptr() == begin * size:
             raise ValueError(
                 f"{name}: expected a tensor that has its memory, got {describe(value)} whose "
                 f"storage holds {there} of {needed} bytes: it was freed or cut"
@@ -114,7 +120,7 @@ def observer() -> str | None:
         return "a TorchDispatchMode"
     if _jit_trace() is not None:
         return "torch.jit.trace"
-    # That of torch.set_default_device and `with torch.device(...)` only looks at what makes tensors.
+    # That of torch.set_default_device and `with torch.device(...)` only looks at factories.
     modes = _get_current_function_mode_stack()
     return None if all(type(mode) is DeviceContext for mode in modes) else "a TorchFunctionMode"
 
@@ -123,8 +129,8 @@ def is_unobserved(name: str) -> None:
     """For what torch could not see, although something of torch's wants to see all."""
     if (watching := observer()) is not None:
         raise RuntimeError(
-            f"{name}: expected a call outside of torch's modes, traces and transforms, which do not "
-            f"see what is computed here, got one inside of {watching}"
+            f"{name}: expected a call outside of torch's modes, traces and transforms, which do "
+            f"not see what is computed here, got one inside of {watching}"
         )
 
 

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 
 from . import _C, checks
 from .backends import Ints, PlanInput, Scoring, Segments, backend_for
+from .never_compiled import never_compiled
 
 HIDDEN: int = _C.HIDDEN
 """Offset of a segment that a worker does not see."""
@@ -83,11 +84,25 @@ def concurrent_attention(
     Tensors whose last dimension is dense are read in place, whatever their other strides.
     D and Dv are multiples of 8 up to 256.
     """
-    if torch.compiler.is_compiling() or _is_watched(query):
+    if torch.compiler.is_compiling() or _is_watched():
         return _through_dispatcher(
             query, keys, values, offsets, inv_freq, query_lengths, scale, rope_scale, interleaved,
             softcap, window, return_lse, out,
         )  # fmt: skip
+    if type(query) is FakeTensor:
+        for name, tensors in (("keys", keys), ("values", values)):
+            for s, tensor in enumerate(checks.is_sequence(name, tensors, "tensors")):
+                if type(tensor) is not FakeTensor:
+                    raise TypeError(
+                        f"{name}[{s}]: expected a FakeTensor, as query is one, "
+                        f"got {checks.describe(tensor)}"
+                    )
+        with query.fake_mode:
+            return concurrent_attention(
+                query, keys, values, offsets, inv_freq=inv_freq, query_lengths=query_lengths,
+                scale=scale, rope_scale=rope_scale, interleaved=interleaved, softcap=softcap,
+                window=window, return_lse=return_lse, out=out,
+            )  # fmt: skip
 
     read = _TENSORS.segments(query, keys, values)
     if read is None:
@@ -142,14 +157,12 @@ def concurrent_attention(
     return out if lse is None else (out, lse)
 
 
-def _is_watched(query: Any) -> bool:
+def _is_watched() -> bool:
     """Whether torch has to see the op, and so to call it."""
     watching = checks.observer()
-    if watching is None:
-        return type(query) is FakeTensor
     if watching == checks.TORCH_FUNC:  # which could do nothing with it
         checks.is_unobserved("query")
-    return True
+    return watching is not None
 
 
 _Read = tuple[Segments, Ints, int, int]
@@ -229,6 +242,7 @@ def _check_out(
     checks.is_writable_apart("out", out, named)
 
 
+@never_compiled
 def rotate(
     keys: Tensor,
     inv_freq: HostData,
@@ -276,6 +290,7 @@ def rotate(
     return result.to(keys.dtype)
 
 
+@never_compiled
 def view_offsets(
     views: Sequence[Sequence[int]], lengths: HostData, query_lengths: HostData
 ) -> Tensor:

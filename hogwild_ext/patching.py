@@ -42,6 +42,7 @@ from .model_support import (
     rotary_module,
     underlying_model,
 )
+from .never_compiled import never_compiled
 from .packed_linear import has_packed_layers, pack_layers, unpack_layers
 from .step import Step
 
@@ -206,6 +207,7 @@ def _mark_unrotated(
 # ---- a step --------------------------------------------------------------------------------------
 
 
+@never_compiled
 def forward(
     model: Any,
     cache: SegmentCache,
@@ -242,6 +244,7 @@ def forward(
         OutOfPages: no room for the tokens.
         Whatever the model raises. In every case the segments are as they were.
     """
+    checks.is_unobserved("model")
     inner = underlying_model(model)
     if logits not in ("last", "all"):
         raise ValueError(f"logits: expected 'last' or 'all', got {checks.describe(logits)}")
@@ -412,6 +415,7 @@ def _read_tokens(
     """New tokens of each worker, checked -> how many each brings, their ids, input_ids [1, T]."""
     vocabulary: int = embedding_module(model).num_embeddings
     if isinstance(tokens, Tensor):
+        tokens = checks.is_plain("tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(f"tokens: expected int64, got {checks.describe(tokens)}")
         if tokens.dim() != 2 or 0 in tokens.shape:

@@ -13,6 +13,7 @@ import torch
 
 from . import checks
 from .backends import PlanInput
+from .never_compiled import never_compiled
 from .pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class CapturedStep:
     plan: Any
 
 
+@never_compiled
 class Step:
     """What `SegmentCache.step` returns; enter it with `with`, at once.
 
@@ -75,7 +77,11 @@ class Step:
         self._query_shape: tuple[int, ...] = ()
         self._key_shape = (self.num_tokens, cache.num_kv_heads, cache.head_dim)
         self._value_shape = (self.num_tokens, cache.num_kv_heads, cache.value_dim)
-        self._shapes = self._query_shape, self._key_shape, self._value_shape
+        self._shapes: tuple[tuple[int, ...], ...] = (
+            self._query_shape,
+            self._key_shape,
+            self._value_shape,
+        )
         self._out_shape: tuple[int, ...] = ()
 
     def __enter__(self) -> Step:
