@@ -35,9 +35,11 @@ from .model_support import (
     AttentionInterface,
     ModelShape,
     PreTrainedModel,
+    attention_device,
     attention_modules,
     embedding_module,
     modelling_module,
+    read_attention,
     read_model,
     rotary_module,
     underlying_model,
@@ -387,8 +389,15 @@ def _check_cache(model: PreTrainedModel, cache: Any) -> None:
         expected, got = getattr(shape, name), getattr(cache, name)
         if got != expected:
             raise ValueError(f"cache: expected the model's {name}={expected}, got {got}")
-    weights = next(attention_modules(model)[0].parameters()).device
-    if weights not in (cache.device, torch.device("meta")):  # meta: accelerate has them elsewhere
+    # What decides about attention may have changed since the model was patched.
+    for name, value in zip(("scale", "window"), read_attention(model), strict=True):
+        if value != getattr(shape, name):
+            raise ValueError(
+                f"model: expected {name}={getattr(shape, name)}, as it was when it was patched, "
+                f"got {value}; unpatch it, and make a new cache for it"
+            )
+    weights = attention_device(attention_modules(model)[0])
+    if weights not in (cache.device, None):
         raise ValueError(f"cache: expected the model's device, {weights}, got {cache.device}")
     inv_freq = rotary_module(model).inv_freq
     # Elsewhere than on the CPU, looking at the numbers would wait for the device.
