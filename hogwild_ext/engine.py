@@ -17,6 +17,7 @@ from .answers import boxed_answer
 from .events import EVENT_KINDS, STOP_REASONS, Event, Result, Snapshot, Stats, WorkerResult
 from .layouts import Layout, layout_from
 from .model_support import parameter_count, read_model
+from .never_compiled import never_compiled
 from .patching import patch
 from .prompts import Prompts, prompts_for
 from .run import Run
@@ -42,6 +43,7 @@ NAMES = (
 )  # fmt: skip
 
 
+@never_compiled
 class Hogwild:
     """A team of workers that share one model and one page.
 

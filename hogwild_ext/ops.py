@@ -384,7 +384,7 @@ def _(
 
 
 def _host_tensor(value: HostData, dtype: torch.dtype) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _through_dispatcher(

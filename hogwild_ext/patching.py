@@ -424,17 +424,17 @@ def _read_tokens(
     """New tokens of each worker, checked -> how many each brings, their ids, input_ids [1, T]."""
     vocabulary: int = embedding_module(model).num_embeddings
     if isinstance(tokens, Tensor):
+        if tokens.device != device:
+            raise ValueError(
+                f"tokens: expected a tensor on the model's device, {device}, "
+                f"got {checks.describe(tokens)}"
+            )
         tokens = checks.is_plain("tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(f"tokens: expected int64, got {checks.describe(tokens)}")
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(
                 "tokens: expected a tensor [workers, new tokens] with at least one of each, "
-                f"got {checks.describe(tokens)}"
-            )
-        if tokens.device != device:
-            raise ValueError(
-                f"tokens: expected a tensor on the model's device, {device}, "
                 f"got {checks.describe(tokens)}"
             )
         if device.type == "cpu":  # elsewhere, looking at them would wait for the device
@@ -468,7 +468,7 @@ def _read_tokens(
 
 def _on_device(numbers: list[Any], device: torch.device) -> Tensor:
     """An int64 tensor. The copy to a GPU is not waited for, nor what the GPU does before it."""
-    tensor = torch.tensor(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
