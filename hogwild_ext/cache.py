@@ -22,6 +22,7 @@ import torch
 
 from . import _C, checks
 from .backends import Backend, PagedLayers, Scoring, backend_for
+from .never_compiled import never_compiled
 from .pages import EMPTY_TABLE, PAGE_SIZE, PagePool, PagesExhausted, PageTable, pages_for
 from .step import CapturedStep, Step
 from .token_log import TokenLog
@@ -62,6 +63,7 @@ class CacheStats:
     attention_seconds: float = 0.0  # inside Step.attend, all layers; on a GPU launching only
 
 
+@never_compiled
 class Segment:
     """An append-only run of tokens of one cache. `SegmentCache.segment` and `fork` make them.
 
@@ -132,6 +134,7 @@ class Segment:
         return f"<Segment {self._name!r}, {f'{self._length} tokens' if live else 'freed'}>"
 
 
+@never_compiled
 class SegmentCache:
     """Paged keys and values of all layers, shared by every worker.
 
@@ -175,6 +178,7 @@ class SegmentCache:
         max_position: int | None = None,
         spare_pages: int = 64,
     ) -> None:
+        checks.is_unobserved("cache")
         self.num_layers = checks.is_integer("num_layers", num_layers, 1)
         self.num_kv_heads = checks.is_integer("num_kv_heads", num_kv_heads, 1)
         self.head_dim = checks.is_integer("head_dim", head_dim, 1)
@@ -567,6 +571,7 @@ def _token_lists(
         return [[-1] * size for size in sizes]
     if isinstance(tokens, torch.Tensor):
         shape = (len(sizes), sizes[0])
+        tokens = checks.is_plain("tokens", tokens)
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens: expected integers, got {checks.describe(tokens)}")
         if tuple(tokens.shape) != shape or min(sizes) < max(sizes):

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import _C
 
@@ -21,15 +24,30 @@ INT32_MAX = 2**31 - 1
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 HIDDEN = _C.HIDDEN
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+TENSORS: Any = _C.TensorReader(*_PLAIN_TYPES)
+"""Looks at many tensors at once, where torch shows them to C."""
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_jit_trace = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.maybe_current_level
+_is_functorch = torch._C._functorch.is_functorch_wrapped_tensor
+TORCH_FUNC = "a transform of torch.func (vmap, grad, jvp, functionalize)"
+
 T = TypeVar("T")
 
 
 def describe(value: object) -> str:
     """A short description of what came: type, and shape and dtype where there are any."""
     if isinstance(value, torch.Tensor):
-        shape = list(value.shape)
+        kind = "tensor" if type(value) in _PLAIN_TYPES else type(value).__name__
+        try:
+            shape = f" {list(value.shape)}"
+        except RuntimeError:  # nested, or not initialised
+            shape = ""
         place = "" if value.device.type == "cpu" else f" on {value.device}"
-        return f"a tensor {shape} of {str(value.dtype).removeprefix('torch.')}{place}"
+        return f"a {kind}{shape} of {str(value.dtype).removeprefix('torch.')}{place}"
     if isinstance(value, np.ndarray):
         return f"an array {list(value.shape)} of {value.dtype}"
     if isinstance(value, (list, tuple)):
@@ -38,10 +56,89 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+# ---- tensors as plain memory ---------------------------------------------------------------------
+# The kernels read addresses. So a tensor has to be what it seems: elements that lie in its storage,
+# with their strides and as they are. And what computes beside torch, torch cannot see.
+
+
+def is_plain(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The tensor, if a kernel may read what lies at its address.
+
+    One that torch would negate or conjugate when it reads it comes back with that done. Where
+    tensors live is for whoever knows the backend to check.
+
+    Raises TypeError for a subclass or another layout, RuntimeError for what torch.func wraps,
+    ValueError for one that lacks memory.
+    """
+    if TENSORS.is_plain(value):
+        return value
+    if type(value) not in _PLAIN_TYPES:
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {describe(value)}, and a subclass may keep its "
+            "numbers elsewhere; give the tensor that it stands for (full_tensor() of a DTensor, "
+            "dequantize() of a quantised one, as_subclass(torch.Tensor) of one that adds nothing)"
+        )
+    if _is_functorch(value) or torch._is_functional_tensor(value):
+        raise RuntimeError(
+            f"{name}: expected a plain tensor, got one that a transform of torch.func wraps (vmap, "
+            "grad, jvp, functionalize); call it outside of the transform"
+        )
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantised" if value.is_quantized else value.layout
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a {kind} one; to_dense(), to_padded_tensor() or "
+            "dequantize() makes one of it"
+        )
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with numbers in it, got {describe(value)}")
+    if value.is_neg() or value.is_conj():
+        return is_plain(name, value.resolve_neg().resolve_conj())
+    if value.device.type in ("cpu", "cuda") and value.numel():
+        last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        begin, size = value.storage_offset(), value.element_size()
+        needed, there = (begin + last + 1) * size, value.untyped_storage().nbytes()
+        if there < needed or value.data_ptr() == begin * size:
+            raise ValueError(
+                f"{name}: expected a tensor that has its memory, got {describe(value)} whose "
+                f"storage holds {there} of {needed} bytes: it was freed or cut"
+            )
+    return value
+
+
+def observer() -> str | None:
+    """What of torch watches all that is computed now, if anything: a mode, a trace, a transform."""
+    if not (
+        _dispatch_modes()
+        or _function_modes()
+        or _jit_trace() is not None
+        or _functorch_level() is not None
+    ):
+        return None
+    if _functorch_level() is not None:
+        return TORCH_FUNC
+    if _dispatch_modes():
+        return "a TorchDispatchMode"
+    if _jit_trace() is not None:
+        return "torch.jit.trace"
+    # That of torch.set_default_device and `with torch.device(...)` only looks at factories.
+    modes = _get_current_function_mode_stack()
+    return None if all(type(mode) is DeviceContext for mode in modes) else "a TorchFunctionMode"
+
+
+def is_unobserved(name: str) -> None:
+    """For what torch could not see, although something of torch's wants to see all."""
+    if (watching := observer()) is not None:
+        raise RuntimeError(
+            f"{name}: expected a call outside of torch's modes, traces and transforms, which do "
+            f"not see what is computed here, got one inside of {watching}"
+        )
+
+
 def is_tensor(name: str, value: Any, rank: int, shape: str) -> torch.Tensor:
-    """A tensor of this rank whose last dimension is dense."""
+    """A tensor of this rank whose last dimension is dense, in plain memory; see `is_plain`."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
+    value = is_plain(name, value)
     if value.dim() != rank:
         raise ValueError(f"{name}: expected a tensor {shape}, got {describe(value)}")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
@@ -50,6 +147,22 @@ def is_tensor(name: str, value: Any, rank: int, shape: str) -> torch.Tensor:
             f"{name}.contiguous() gives one"
         )
     return value
+
+
+def is_out(name: str, value: Any, rank: int, shape: str) -> torch.Tensor:
+    """`is_tensor` for one that is written: the very memory that was given."""
+    out = is_tensor(name, value, rank, shape)
+    if out is not value:
+        raise ValueError(
+            f"{name}: expected a tensor that is written as it is, got one that torch negates when "
+            f"it reads it; {name}.resolve_neg() gives one"
+        )
+    return out
+
+
+def carries_tangents() -> bool:
+    """Whether forward-mode differentiation goes on."""
+    return forward_ad._current_level >= 0
 
 
 def is_storage_dtype(name: str, dtype: Any) -> torch.dtype:
@@ -65,6 +178,12 @@ def has_no_grad(name: str, value: torch.Tensor) -> None:
         raise RuntimeError(
             f"{name}: expected a tensor that needs no gradient, got one with requires_grad=True; "
             "attention over segments has no backward pass, call it under torch.no_grad()"
+        )
+    # Tangents travel also where no gradients are recorded.
+    if carries_tangents() and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{name}: expected a tensor without a tangent, got a dual one; attention over segments "
+            "has no derivative, give it forward_ad.unpack_dual(...).primal"
         )
 
 
@@ -115,6 +234,7 @@ def _as_array(name: str, value: Any, what: str) -> np.ndarray:
                 f"{name}: expected host data (a CPU tensor, array or list), got {describe(value)}; "
                 "reading it from the device would synchronise"
             )
+        value = is_plain(name, value)
         if value.requires_grad:
             value = value.detach()
         if value.dtype == torch.bfloat16:

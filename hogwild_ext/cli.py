@@ -577,6 +577,7 @@ def _run(options: argparse.Namespace) -> int:
     problem = _problem(options.problem)
 
     from .layouts import layout_from
+    from .model_support import parameter_count
     from .prompts import SHORT, Prompts, example_for
 
     layout_from(options.layout)  # before anything that takes time
@@ -594,7 +595,7 @@ def _run(options: argparse.Namespace) -> int:
         _check_output("--trace", options.trace)
     team = _load(options, workers, live)
     if problem is None:
-        problem = example_for(team.model.num_parameters())
+        problem = example_for(parameter_count(team.model))
         if not live:
             _say(f"no problem was given; an example: {problem}")
     run = team.stream(problem, max_steps, snapshots=options.snapshots, trace=options.trace)
@@ -742,6 +743,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
     import transformers
 
     from .engine import Hogwild
+    from .model_support import parameter_count
     from .prompts import Prompts, prompts_for
 
     if options.threads is not None:
@@ -776,7 +778,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
         )
     if getattr(tokenizer, "chat_template", None) is None:
         _say("this tokenizer has no chat template: the model is given the problem as plain text")
-    prompts = prompts_for(model.num_parameters())
+    prompts = prompts_for(parameter_count(model))
     if options.prompts is not None:
         prompts = Prompts.read(options.prompts, prompts)
     _check_closing(options, prompts)

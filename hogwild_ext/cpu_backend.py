@@ -112,7 +112,7 @@ class CpuBackend:
     ) -> Tensor:
         pages = (layers.keys if is_key else layers.values)[layer]
         dim = layers.head_dim if is_key else layers.value_dim
-        rows = torch.empty((length, layers.kv_heads, dim), dtype=pages.dtype)
+        rows = torch.empty((length, layers.kv_heads, dim), dtype=pages.dtype, device="cpu")
         _C.read_pages(
             layers.dtype, layers.kv_heads, dim, pages.data_ptr(), is_key, table, 0, length,
             rows.data_ptr(),

@@ -442,7 +442,7 @@ def _write_weights(tensors: Sequence[Any], facts: dict[str, Any], folder: Path) 
     }
     weights = {}
     for tensor in tensors:
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), device="cpu")
         stem, *inner = tensor.name.removesuffix(".weight").split(".")
         if stem == "blk":
             layer, part = inner

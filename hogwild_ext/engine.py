@@ -16,7 +16,8 @@ from . import checks
 from .answers import boxed_answer
 from .events import EVENT_KINDS, STOP_REASONS, Event, Result, Snapshot, Stats, WorkerResult
 from .layouts import Layout, layout_from
-from .model_support import read_model
+from .model_support import parameter_count, read_model
+from .never_compiled import never_compiled
 from .patching import patch
 from .prompts import Prompts, prompts_for
 from .run import Run
@@ -42,6 +43,7 @@ NAMES = (
 )  # fmt: skip
 
 
+@never_compiled
 class Hogwild:
     """A team of workers that share one model and one page.
 
@@ -118,7 +120,7 @@ class Hogwild:
             generation_config = getattr(model, "generation_config", None) or GenerationConfig()
         check_config(generation_config)
         if prompts is None:
-            prompts = prompts_for(model.num_parameters())
+            prompts = prompts_for(parameter_count(model))
         elif not isinstance(prompts, Prompts):
             raise TypeError(f"prompts: expected Prompts, got {checks.describe(prompts)}")
         self.prompts = prompts

@@ -9,6 +9,7 @@ quietly generate worse text.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,13 @@ __all__ = [
     "AttentionInterface",
     "ModelShape",
     "PreTrainedModel",
+    "attention_device",
     "attention_modules",
     "check_supported",
     "embedding_module",
     "modelling_module",
+    "parameter_count",
+    "read_attention",
     "read_model",
     "rotary_module",
     "underlying_model",
@@ -57,6 +61,16 @@ FAMILIES: dict[str, bool] = {
     "starcoder2": False,
 }
 
+# How a family finds the window of a layer: in the config, for all layers alike, or for each in its
+# attention module, as the config's `layer_types` say. The others know no window, whatever their
+# config holds.
+WINDOW_OF_CONFIG = ("mistral", "mixtral", "phi3", "starcoder2")
+WINDOW_OF_MODULE = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+# Adapters of PEFT that live inside of the layers, so that the model they are put into is all of it.
+# Others put tokens before the prompt, or choose by what they are given.
+ADAPTERS = ("ADALORA", "BOFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT", "VERA")
+
 # The others ("dynamic", "longrope") change their frequencies with the length of the text, so a
 # stored key would have to be rotated anew whenever a text grows.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -81,16 +95,36 @@ class ModelShape:
 
 
 def underlying_model(model: Any) -> PreTrainedModel:
-    """The model itself: what `torch.compile(model)` wraps, or `model` as it is.
+    """The model itself: what `torch.compile(model)` or a PeftModel wraps, or `model` as it is.
 
-    Raises TypeError for anything but a transformers model.
+    The layers of a PeftModel hold its adapters, so they stay active. Raises TypeError for anything
+    but a transformers model, ValueError for adapters that are more than that.
     """
     inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        _check_adapters(inner)
+        inner = inner.get_base_model()
+        inner = getattr(inner, "_orig_mod", inner)
     if not isinstance(inner, PreTrainedModel):
+        wrapped = getattr(inner, "module", None)  # as DataParallel and others call it
+        hint = "; its .module is one" if isinstance(wrapped, PreTrainedModel) else ""
         raise TypeError(
-            f"model: expected a transformers model (PreTrainedModel), got {type(model).__name__}"
+            "model: expected a transformers model (PreTrainedModel), got "
+            f"{type(model).__name__}{hint}"
         )
     return inner
+
+
+def _check_adapters(model: Any) -> None:
+    """Of a PeftModel: raises ValueError unless its base model computes what it computes."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        activated = getattr(config, "alora_invocation_tokens", None) is not None
+        if kind not in ADAPTERS or activated:
+            raise ValueError(
+                f"model: expected adapters of the kinds {', '.join(ADAPTERS)}, got {name!r}, "
+                f"{'an activated LoRA' if activated else kind}, which is more than its base model"
+            )
 
 
 # Modules have the type Any: a checker takes every attribute of one for a tensor or a module.
@@ -131,19 +165,36 @@ def check_supported(model: PreTrainedModel) -> None:
             "model: expected a causal language model, which ends in logits over its vocabulary, "
             f"got {type(model).__name__}"
         )
-    if not hasattr(modelling_module(model), "apply_rotary_pos_emb"):
-        raise ValueError(
-            "model: expected attention of transformers' own, with apply_rotary_pos_emb beside it, "
-            f"got {type(attention_modules(model)[0]).__qualname__} without one"
-        )
+    for module in attention_modules(model):
+        home = type(module).__module__
+        if not home.startswith("transformers.models.") or not hasattr(
+            sys.modules[home], "apply_rotary_pos_emb"
+        ):
+            raise ValueError(
+                "model: expected attention of transformers' own, with apply_rotary_pos_emb beside "
+                f"it, got {type(module).__qualname__} of {home}"
+            )
     rope_type = getattr(rotary_module(model), "rope_type", None)
     if rope_type not in ROPE_TYPES:
         raise ValueError(
             f"model: expected one of the RoPE types {', '.join(ROPE_TYPES)}, got {rope_type!r}"
         )
-    _window(config)
-    _scale(model)
+    read_attention(model)
     _device(model)
+
+
+def read_attention(model: PreTrainedModel) -> tuple[float, int | None]:
+    """(scale of the scores, window) of the attention in all layers, as its modules say now.
+
+    Raises ValueError unless it is causal, and the same in all layers.
+    """
+    for i, module in enumerate(attention_modules(model)):
+        if not getattr(module, "is_causal", True) or not getattr(model.config, "is_causal", True):
+            raise ValueError(
+                "model: expected causal attention, got a config or an attention module that looks "
+                f"ahead (is_causal=False or use_bidirectional_attention, in layer {i})"
+            )
+    return _scale(model), _window(model)
 
 
 def read_model(model: Any) -> ModelShape:
@@ -160,6 +211,7 @@ def read_model(model: Any) -> ModelShape:
     config = model.config
     attention = attention_modules(model)
     rotary = rotary_module(model)
+    scale, window = read_attention(model)
     return ModelShape(
         num_layers=len(attention),
         num_heads=config.num_attention_heads,
@@ -168,29 +220,41 @@ def read_model(model: Any) -> ModelShape:
         inv_freq=rotary.inv_freq.detach().to("cpu", torch.float32),
         rope_scale=float(rotary.attention_scaling),
         interleaved=FAMILIES[config.model_type],
-        scale=_scale(model),
-        window=_window(config),
+        scale=scale,
+        window=window,
         max_position=config.max_position_embeddings,
         dtype=model.dtype,
         device=_device(model),
     )
 
 
-def _window(config: Any) -> int | None:
+def parameter_count(model: Any) -> int:
+    """How many parameters the config describes, shared ones once.
+
+    What a model holds tells less of it: quantised layers have several weights in a number, or
+    nothing but buffers; adapters add their own.
+    """
+    inner = underlying_model(model)
+    with torch.device("meta"):
+        count: int = type(inner)(inner.config).num_parameters()
+    return count
+
+
+def _window(model: PreTrainedModel) -> int | None:
     """The one sliding window of all layers, None without one. ValueError for a mix."""
-    window: int | None = getattr(config, "sliding_window", None) or None  # some say 0 for none
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return window
-    kinds = set(layer_types)
-    if kinds == {"full_attention"}:
+    if model.config.model_type in WINDOW_OF_CONFIG:
+        windows = {getattr(model.config, "sliding_window", None)}
+    elif model.config.model_type in WINDOW_OF_MODULE:
+        windows = {getattr(module, "sliding_window", None) for module in attention_modules(model)}
+    else:
         return None
-    if kinds == {"sliding_attention"} and window is not None:
-        return window
-    raise ValueError(
-        "model: expected the same attention in all layers, full or with one sliding window, "
-        f"got layers of the kinds {', '.join(sorted(kinds))}"
-    )
+    windows = {window or None for window in windows}  # some say 0 for none
+    if len(windows) != 1:
+        raise ValueError(
+            "model: expected the same attention in all layers, full or with one sliding window, "
+            "got layers of the kinds full_attention, sliding_attention"
+        )
+    return windows.pop()
 
 
 def _scale(model: PreTrainedModel) -> float:
@@ -202,14 +266,22 @@ def _scale(model: PreTrainedModel) -> float:
     return scales.pop()
 
 
+def attention_device(module: Any) -> torch.device | None:
+    """Where the weights of an attention module are, None where accelerate keeps them elsewhere.
+
+    Quantised layers may hold them in buffers alone.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.device.type != "meta":
+            device: torch.device = tensor.device
+            return device
+    return None
+
+
 def _device(model: PreTrainedModel) -> torch.device:
     """Where attention runs. Weights that accelerate keeps elsewhere between calls do not count."""
-    devices = {
-        parameter.device
-        for module in attention_modules(model)
-        for parameter in module.parameters()
-        if parameter.device.type != "meta"
-    }
+    places = [attention_device(module) for module in attention_modules(model)]
+    devices = {place for place in places if place is not None}
     if len(devices) > 1:
         raise ValueError(
             "model: expected all layers on one device, "

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import _C, checks
 from .backends import Ints, PlanInput, Scoring, Segments, backend_for
+from .never_compiled import never_compiled
 
 HIDDEN: int = _C.HIDDEN
 """Offset of a segment that a worker does not see."""
@@ -22,7 +24,7 @@ _QUERY = "[workers, queries, heads, head_dim]"
 _KEYS = "[tokens, kv_heads, head_dim]"
 _VALUES = "[tokens, kv_heads, value_dim]"
 
-_TENSORS = _C.TensorReader(Tensor)
+_TENSORS = checks.TENSORS
 _requires_grad = operator.attrgetter("requires_grad")
 
 
@@ -82,20 +84,40 @@ def concurrent_attention(
     Tensors whose last dimension is dense are read in place, whatever their other strides.
     D and Dv are multiples of 8 up to 256.
     """
-    if torch.compiler.is_compiling() or isinstance(query, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or _is_watched():
         return _through_dispatcher(
             query, keys, values, offsets, inv_freq, query_lengths, scale, rope_scale, interleaved,
             softcap, window, return_lse, out,
         )  # fmt: skip
+    if type(query) is FakeTensor:
+        for name, tensors in (("keys", keys), ("values", values)):
+            for s, tensor in enumerate(checks.is_sequence(name, tensors, "tensors")):
+                if type(tensor) is not FakeTensor:
+                    raise TypeError(
+                        f"{name}[{s}]: expected a FakeTensor, as query is one, "
+                        f"got {checks.describe(tensor)}"
+                    )
+        with query.fake_mode:
+            return concurrent_attention(
+                query, keys, values, offsets, inv_freq=inv_freq, query_lengths=query_lengths,
+                scale=scale, rope_scale=rope_scale, interleaved=interleaved, softcap=softcap,
+                window=window, return_lse=return_lse, out=out,
+            )  # fmt: skip
 
-    checks.is_tensor("query", query, 4, _QUERY)
+    read = _TENSORS.segments(query, keys, values)
+    if read is None:
+        query = checks.is_tensor("query", query, 4, _QUERY)
     dtype, device = query.dtype, query.device
     code = checks.DTYPE_CODES[checks.is_storage_dtype("query", dtype)]
     backend = backend_for("query", device)
     checks.has_no_grad("query", query)
     workers, queries, num_heads, head_dim = query.shape
     backend.check_head_dims(("query", "query"), head_dim, head_dim)
-    segments, lengths, kv_heads, value_dim = _read_segments(query, keys, values)
+    if read is None or _may_differentiate(keys, values):
+        keys = _check_tensors(query, "keys", keys, _KEYS)
+        values = _check_tensors(query, "values", values, _VALUES)
+        read = _check_segments(query, keys, values)
+    segments, lengths, kv_heads, value_dim = read
     if value_dim != head_dim:
         backend.check_head_dims(("query", "values[0]"), head_dim, value_dim)
     checks.heads_divide(num_heads, kv_heads)
@@ -135,22 +157,46 @@ def concurrent_attention(
     return out if lse is None else (out, lse)
 
 
-def _read_segments(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[Segments, Ints, int, int]:
-    """(addresses and strides, lengths, kv_heads, value_dim) of the segments."""
-    found = _TENSORS.segments(query, keys, values)
-    if found is None or (torch.is_grad_enabled() and any(map(_requires_grad, (*keys, *values)))):
-        return _check_segments(query, keys, values)
-    return found
+def _is_watched() -> bool:
+    """Whether torch has to see the op, and so to call it."""
+    watching = checks.observer()
+    if watching == checks.TORCH_FUNC:  # which could do nothing with it
+        checks.is_unobserved("query")
+    return watching is not None
 
 
-def _check_segments(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[Segments, Ints, int, int]:
-    """`_read_segments`, tensor by tensor: for an older torch, and to say what does not fit."""
-    checks.is_sequence("keys", keys, f"tensors {_KEYS}, one a segment")
-    checks.is_sequence("values", values, f"tensors {_VALUES}, one a segment")
+_Read = tuple[Segments, Ints, int, int]
+
+
+def _may_differentiate(keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    if checks.carries_tangents():
+        return True
+    return torch.is_grad_enabled() and any(map(_requires_grad, (*keys, *values)))
+
+
+def _check_tensors(
+    query: Tensor, name: str, tensors: Sequence[Tensor], shape: str
+) -> Sequence[Tensor]:
+    checks.is_sequence(name, tensors, f"tensors {shape}, one a segment")
+    plain = []
+    for s, tensor in enumerate(tensors):
+        full = f"{name}[{s}]"
+        tensor = checks.is_tensor(full, tensor, 3, shape)
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"{full}: expected the dtype of query, {query.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{full}: expected the device of query, {query.device}, got {tensor.device}"
+            )
+        checks.has_no_grad(full, tensor)
+        plain.append(tensor)
+    return plain
+
+
+def _check_segments(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> _Read:
+    """What `TensorReader.segments` reads: for an older torch, and to say what does not fit."""
     if len(keys) != len(values):
         raise ValueError(
             f"values: expected as many segments as keys ({len(keys)}), got {len(values)}"
@@ -159,21 +205,6 @@ def _check_segments(
     if not keys:
         return np.zeros((0, 6), np.int64), np.zeros(0, np.int32), num_heads, head_dim
 
-    grad = torch.is_grad_enabled()
-    for name, tensors, shape in (("keys", keys, _KEYS), ("values", values, _VALUES)):
-        for s, tensor in enumerate(tensors):
-            full = f"{name}[{s}]"
-            checks.is_tensor(full, tensor, 3, shape)
-            if tensor.dtype != query.dtype:
-                raise TypeError(
-                    f"{full}: expected the dtype of query, {query.dtype}, got {tensor.dtype}"
-                )
-            if tensor.device != query.device:
-                raise ValueError(
-                    f"{full}: expected the device of query, {query.device}, got {tensor.device}"
-                )
-            if grad:
-                checks.has_no_grad(full, tensor)
     kv_heads, value_dim = keys[0].shape[1], values[0].shape[2]
     segments: list[tuple[int, ...]] = []
     lengths: list[int] = []
@@ -198,18 +229,20 @@ def _check_segments(
 def _check_out(
     out: Tensor, shape: tuple[int, ...], query: Tensor, segments: Sequence[Tensor]
 ) -> None:
-    checks.is_tensor("out", out, 4, "[workers, queries, heads, value_dim]")
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out: expected a tensor {list(shape)}, got {checks.describe(out)}")
-    if out.dtype != query.dtype:
-        raise TypeError(f"out: expected the dtype of query, {query.dtype}, got {out.dtype}")
-    if out.device != query.device:
-        raise ValueError(f"out: expected the device of query, {query.device}, got {out.device}")
+    if not _TENSORS.fit(query, (out,), (shape,)):
+        checks.is_out("out", out, 4, "[workers, queries, heads, value_dim]")
+        if tuple(out.shape) != shape:
+            raise ValueError(f"out: expected a tensor {list(shape)}, got {checks.describe(out)}")
+        if out.dtype != query.dtype:
+            raise TypeError(f"out: expected the dtype of query, {query.dtype}, got {out.dtype}")
+        if out.device != query.device:
+            raise ValueError(f"out: expected the device of query, {query.device}, got {out.device}")
     checks.has_no_grad("out", out)
     named = [("query", query), *(("keys and values", tensor) for tensor in segments)]
     checks.is_writable_apart("out", out, named)
 
 
+@never_compiled
 def rotate(
     keys: Tensor,
     inv_freq: HostData,
@@ -232,7 +265,7 @@ def rotate(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    checks.is_tensor("keys", keys, 3, "[tokens, heads, head_dim]")
+    keys = checks.is_tensor("keys", keys, 3, "[tokens, heads, head_dim]")
     checks.is_storage_dtype("keys", keys.dtype)
     checks.has_no_grad("keys", keys)
     length, _, head_dim = keys.shape
@@ -257,6 +290,7 @@ def rotate(
     return result.to(keys.dtype)
 
 
+@never_compiled
 def view_offsets(
     views: Sequence[Sequence[int]], lengths: HostData, query_lengths: HostData
 ) -> Tensor:
@@ -350,7 +384,7 @@ def _(
 
 
 def _host_tensor(value: HostData, dtype: torch.dtype) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _through_dispatcher(

@@ -35,13 +35,16 @@ from .model_support import (
     AttentionInterface,
     ModelShape,
     PreTrainedModel,
+    attention_device,
     attention_modules,
     embedding_module,
     modelling_module,
+    read_attention,
     read_model,
     rotary_module,
     underlying_model,
 )
+from .never_compiled import never_compiled
 from .packed_linear import has_packed_layers, pack_layers, unpack_layers
 from .step import Step
 
@@ -206,6 +209,7 @@ def _mark_unrotated(
 # ---- a step --------------------------------------------------------------------------------------
 
 
+@never_compiled
 def forward(
     model: Any,
     cache: SegmentCache,
@@ -242,6 +246,7 @@ def forward(
         OutOfPages: no room for the tokens.
         Whatever the model raises. In every case the segments are as they were.
     """
+    checks.is_unobserved("model")
     inner = underlying_model(model)
     if logits not in ("last", "all"):
         raise ValueError(f"logits: expected 'last' or 'all', got {checks.describe(logits)}")
@@ -384,8 +389,15 @@ def _check_cache(model: PreTrainedModel, cache: Any) -> None:
         expected, got = getattr(shape, name), getattr(cache, name)
         if got != expected:
             raise ValueError(f"cache: expected the model's {name}={expected}, got {got}")
-    weights = next(attention_modules(model)[0].parameters()).device
-    if weights not in (cache.device, torch.device("meta")):  # meta: accelerate has them elsewhere
+    # What decides about attention may have changed since the model was patched.
+    for name, value in zip(("scale", "window"), read_attention(model), strict=True):
+        if value != getattr(shape, name):
+            raise ValueError(
+                f"model: expected {name}={getattr(shape, name)}, as it was when it was patched, "
+                f"got {value}; unpatch it, and make a new cache for it"
+            )
+    weights = attention_device(attention_modules(model)[0])
+    if weights not in (cache.device, None):
         raise ValueError(f"cache: expected the model's device, {weights}, got {cache.device}")
     inv_freq = rotary_module(model).inv_freq
     # Elsewhere than on the CPU, looking at the numbers would wait for the device.
@@ -412,16 +424,17 @@ def _read_tokens(
     """New tokens of each worker, checked -> how many each brings, their ids, input_ids [1, T]."""
     vocabulary: int = embedding_module(model).num_embeddings
     if isinstance(tokens, Tensor):
+        if tokens.device != device:
+            raise ValueError(
+                f"tokens: expected a tensor on the model's device, {device}, "
+                f"got {checks.describe(tokens)}"
+            )
+        tokens = checks.is_plain("tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(f"tokens: expected int64, got {checks.describe(tokens)}")
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(
                 "tokens: expected a tensor [workers, new tokens] with at least one of each, "
-                f"got {checks.describe(tokens)}"
-            )
-        if tokens.device != device:
-            raise ValueError(
-                f"tokens: expected a tensor on the model's device, {device}, "
                 f"got {checks.describe(tokens)}"
             )
         if device.type == "cpu":  # elsewhere, looking at them would wait for the device
@@ -455,7 +468,7 @@ def _read_tokens(
 
 def _on_device(numbers: list[Any], device: torch.device) -> Tensor:
     """An int64 tensor. The copy to a GPU is not waited for, nor what the GPU does before it."""
-    tensor = torch.tensor(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

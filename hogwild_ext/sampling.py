@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -125,8 +126,9 @@ class Sampler:
             scores = scores.index_fill(1, where, float("-inf"))
         if self._processors:
             tokens = torch.tensor([written], dtype=torch.int64, device=scores.device)
-            for process in self._processors:
-                scores = process(tokens, scores)
+            with _float32_by_default():
+                for process in self._processors:
+                    scores = process(tokens, scores)
         if self.greedy:
             return int(scores.argmax())
         best: torch.Tensor | None = None
@@ -137,6 +139,20 @@ class Sampler:
             scores = warp(None, scores)
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         return int(drawn if best is None else best[0, int(drawn)])
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """transformers' processors take the numbers that they make for float32."""
+    before = torch.get_default_dtype()
+    if before is torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def generator_of(seed: int, worker: int) -> torch.Generator:

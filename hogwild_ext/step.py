@@ -13,6 +13,7 @@ import torch
 
 from . import checks
 from .backends import PlanInput
+from .never_compiled import never_compiled
 from .pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class CapturedStep:
     plan: Any
 
 
+@never_compiled
 class Step:
     """What `SegmentCache.step` returns; enter it with `with`, at once.
 
@@ -75,6 +77,11 @@ class Step:
         self._query_shape: tuple[int, ...] = ()
         self._key_shape = (self.num_tokens, cache.num_kv_heads, cache.head_dim)
         self._value_shape = (self.num_tokens, cache.num_kv_heads, cache.value_dim)
+        self._shapes: tuple[tuple[int, ...], ...] = (
+            self._query_shape,
+            self._key_shape,
+            self._value_shape,
+        )
         self._out_shape: tuple[int, ...] = ()
 
     def __enter__(self) -> Step:
@@ -155,31 +162,20 @@ class Step:
         """
         cache = self._cache
         self._require_open()
-        dtype, device = cache.dtype, cache.device
-        try:
-            as_planned = (
-                query.shape == self._query_shape
-                and key.shape == self._key_shape
-                and value.shape == self._value_shape
-                and query.dtype is dtype
-                and key.dtype is dtype
-                and value.dtype is dtype
-                and query.device == device
-                and key.device == device
-                and value.device == device
-                and query.stride(2) == key.stride(2) == value.stride(2) == 1
-                and not torch.is_grad_enabled()
-                and type(layer) is int
-                and 0 <= layer < cache.num_layers
-            )
-        except AttributeError:  # not a tensor
-            as_planned = False
+        as_planned = (
+            checks.TENSORS.fit(cache._keys[0], (query, key, value), self._shapes)
+            and not torch.is_grad_enabled()
+            and not checks.carries_tangents()
+            and checks.observer() is None
+            and type(layer) is int
+            and 0 <= layer < cache.num_layers
+        )
         if not as_planned:
-            layer = self._check(layer, query, key, value)
+            layer, query, key, value = self._check(layer, query, key, value)
         if self._attended[layer] or self._captured[layer]:
             raise ValueError(f"layer: expected one not attended in this step so far, got {layer}")
         if out is None:
-            out = torch.empty(self._out_shape, dtype=dtype, device=device)
+            out = torch.empty(self._out_shape, dtype=cache.dtype, device=cache.device)
         else:
             self._check_out(out, query, key, value)
         started = time.perf_counter()
@@ -264,33 +260,43 @@ class Step:
         if self._state != "open":
             raise RuntimeError(f"step: expected an open one, got one that is {self._state}")
 
-    def _check(self, layer: int, query: Any, key: Any, value: Any) -> int:
-        """Everything that attend asks of its arguments, and a plan for the queries' heads."""
+    def _check(
+        self, layer: int, query: Any, key: Any, value: Any
+    ) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Everything that attend asks of its arguments, and a plan for the queries' heads.
+
+        The tensors come back in plain memory.
+        """
         cache = self._cache
+        checks.is_unobserved("step")
         layer = checks.is_integer("layer", layer, 0, cache.num_layers - 1)
-        checks.is_tensor("query", query, 3, "[tokens, heads, head_dim]")
+        query = checks.is_tensor("query", query, 3, "[tokens, heads, head_dim]")
         heads = query.shape[1]
+        plain = []
         query_shape = (self.num_tokens, heads, cache.head_dim)
         for name, tensor, shape, what in (
             ("query", query, query_shape, "[tokens, heads, head_dim]"),
             ("key", key, self._key_shape, _KEYS),
             ("value", value, self._value_shape, _VALUES),
         ):
-            checks.is_tensor(name, tensor, 3, what)
+            tensor = checks.is_tensor(name, tensor, 3, what)
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name}: expected {what} = {list(shape)}, got {checks.describe(tensor)}"
                 )
             self._check_storage(name, tensor)
+            plain.append(tensor)
         checks.heads_divide(heads, cache.num_kv_heads)
         if query_shape != self._query_shape:
             self._plan_for(heads)
-        return layer
+        query, key, value = plain
+        return layer, query, key, value
 
     def _plan_for(self, num_heads: int) -> None:
         cache = self._cache
         self._plan = self._make_plan(num_heads // cache.num_kv_heads)
         self._query_shape = (self.num_tokens, num_heads, cache.head_dim)
+        self._shapes = self._query_shape, self._key_shape, self._value_shape
         self._out_shape = (self.num_tokens, num_heads, cache.value_dim)
 
     def _check_storage(self, name: str, tensor: torch.Tensor) -> None:
@@ -302,13 +308,15 @@ class Step:
         checks.has_no_grad(name, tensor)
 
     def _check_out(self, out: torch.Tensor, *inputs: torch.Tensor) -> None:
-        checks.is_tensor("out", out, 3, "[tokens, heads, value_dim]")
-        if out.shape != self._out_shape:
-            raise ValueError(
-                f"out: expected [tokens, heads, value_dim] = {list(self._out_shape)}, "
-                f"got {checks.describe(out)}"
-            )
-        self._check_storage("out", out)
+        if not checks.TENSORS.fit(self._cache._keys[0], (out,), (self._out_shape,)):
+            checks.is_out("out", out, 3, "[tokens, heads, value_dim]")
+            if out.shape != self._out_shape:
+                raise ValueError(
+                    f"out: expected [tokens, heads, value_dim] = {list(self._out_shape)}, "
+                    f"got {checks.describe(out)}"
+                )
+            self._check_storage("out", out)
+        checks.has_no_grad("out", out)
         names = ("query", "key", "value")
         checks.is_writable_apart("out", out, zip(names, inputs, strict=True))
 
