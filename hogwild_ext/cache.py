@@ -27,7 +27,7 @@ import torch
 
 from . import _C, checks
 from .backends import Backend, PagedLayers, Scoring, backend_for
-from .changes import Cell, Change, Turns, refusal
+from .changes import Cell, Change, Turns, changed_meanwhile, refusal
 from .pages import EMPTY_TABLE, PAGE_SIZE, PagePool, PagesExhausted, PageTable, pages_for
 from .step import CapturedStep, Step
 from .token_log import TokenLog
@@ -528,10 +528,7 @@ class SegmentCache:
         self._savepoint(change)
         try:
             if version != self._version:
-                raise RuntimeError(
-                    f"{what}: expected a cache that nobody changes meanwhile, got one that another "
-                    "thread has changed; a cache is for one thread at a time"
-                )
+                raise RuntimeError(changed_meanwhile(what))
             result = action(change)
             self._finish(change, freed)
             return result

@@ -158,16 +158,26 @@ class Turns:
         RuntimeError if it is somebody else's turn.
         """
         last = self._newest()
-        # `setdefault` is atomic: of several threads that see the same last change, one succeeds it.
-        if last.is_going_on() or last._successor.setdefault("", change) is not change:
+        if last.is_going_on():
+            change.end()
             raise RuntimeError(refusal(change.what, last))
+        # `setdefault` is atomic: of several threads that see the same last change, one succeeds it.
+        if last._successor.setdefault("", change) is not change:
+            change.end()
+            raise RuntimeError(changed_meanwhile(change.what))
         self._last = change
-        last._successor[""] = (
-            None  # taken for ever; but who holds an old one must not hold them all
-        )
+        last._successor[""] = None  # it has one for ever, but must not keep all that follow alive
         ended_properly = last.over
         last.end()
         return ended_properly
+
+
+def changed_meanwhile(what: str) -> str:
+    """Why `what` is not done although nobody is at the cache now."""
+    return (
+        f"{what}: expected a cache that nobody changes meanwhile, got one that another thread has "
+        "changed; a cache is for one thread at a time"
+    )
 
 
 def refusal(what: str, going_on: Change) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,9 +45,13 @@ class Interrupt:
             if self.places == self.at:
                 where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}, {event}"
                 self.places, self.struck = self.places + 1, f"{where} {frame.f_lasti}"
-                raise self.error("on purpose")
-            self.places += 1
+                self.strike()
+            else:
+                self.places += 1
         return self._trace
+
+    def strike(self) -> None:
+        raise self.error("on purpose")
 
     def __enter__(self) -> Interrupt:
         self._previous = sys.gettrace()
@@ -60,6 +65,26 @@ class Interrupt:
         traceback: TracebackType | None,
     ) -> None:
         sys.settrace(self._previous)
+
+
+class Meanwhile(Interrupt):
+    """At the n-th place another thread does something, from beginning to end. Nothing is raised."""
+
+    def __init__(self, at: int, action: Callable[[], Any], **options: Any) -> None:
+        super().__init__(at, **options)
+        self.action = action
+        self.result: Any = None  # of the action, or what it raised
+
+    def _run(self) -> None:
+        try:
+            self.result = self.action()
+        except BaseException as error:
+            self.result = error
+
+    def strike(self) -> None:
+        thread = threading.Thread(target=self._run, name="meanwhile")
+        thread.start()
+        thread.join()
 
 
 def some_places(places: int, at_most: int, seed: int) -> Iterator[int]:
