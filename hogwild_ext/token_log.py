@@ -44,6 +44,8 @@ class TokenLog:
 
     def joined(self, other: TokenLog) -> TokenLog:
         """With the ids of `other` at the end."""
+        if not self.length:
+            return other
         log = self
         for piece in other.pieces():
             log = log.extended(piece)
