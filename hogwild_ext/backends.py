@@ -88,6 +88,9 @@ class Backend(Protocol):
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for pages, not to be read before it is written."""
 
+    def free_memory(self) -> int | None:
+        """About how many bytes could be reserved; None if that is not known."""
+
     def step_memory(self) -> Any:
         """Room for the plans of one cache's steps, at addresses that stay if they can."""
 

@@ -6,22 +6,28 @@ and attend together, in a `Step`. See sections 3 and 4 of arXiv 2504.06261.
 
 Sharing is cheap: a fork holds the same pages, and a page that two segments hold is copied before
 either of them writes into it. Every change is all or nothing: whatever is raised, `OutOfPages`
-and Ctrl-C included, the segments are as before. A cache is meant for one thread at a time.
+and Ctrl-C included, the cache is as before or, in the last instant, as after it (changes.py).
+
+A cache is for one thread at a time: a change while another thread is at one is refused, and so is
+reading keys and values that change meanwhile. Everything else may be looked at from any thread.
 """
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from . import _C, checks
 from .backends import Backend, PagedLayers, Scoring, backend_for
+from .changes import Cell, Change, Turns, changed_meanwhile, refusal
 from .never_compiled import never_compiled
 from .pages import EMPTY_TABLE, PAGE_SIZE, PagePool, PagesExhausted, PageTable, pages_for
 from .step import CapturedStep, Step
@@ -63,6 +69,26 @@ class CacheStats:
     attention_seconds: float = 0.0  # inside Step.attend, all layers; on a GPU launching only
 
 
+class Content(NamedTuple):
+    """What a segment holds. A change puts another one in its place."""
+
+    table: PageTable
+    length: int
+    log: TokenLog
+
+
+_EMPTY = Content(EMPTY_TABLE, 0, TokenLog())
+_GONE = Content(EMPTY_TABLE, 0, TokenLog())  # of a segment that is freed, or not there yet
+
+
+class _Totals(NamedTuple):
+    """What all segments come to."""
+
+    stored: int  # tokens
+    free_pages: int
+    version: int  # counts changes
+
+
 @never_compiled
 class Segment:
     """An append-only run of tokens of one cache. `SegmentCache.segment` and `fork` make them.
@@ -75,9 +101,23 @@ class Segment:
         self._owner = weakref.ref(cache)
         self._name = name
         self._serial = serial  # counts up in order of creation
-        self._table: PageTable = EMPTY_TABLE
-        self._length = 0
-        self._log = TokenLog()
+        self._cell = Cell(_GONE)
+        self._next_fork = 1  # no smaller number is free for the name of a fork
+
+    @property
+    def _content(self) -> Content:
+        return self._cell.get()
+
+    @property
+    def _table(self) -> PageTable:
+        return self._cell.get().table
+
+    def _put(self, change: Change, table: PageTable, length: int, log: TokenLog) -> None:
+        self._cell.put(change, Content(table, length, log))
+
+    @property
+    def _is_live(self) -> bool:
+        return self._cell.get() is not _GONE
 
     @property
     def name(self) -> str:
@@ -95,10 +135,10 @@ class Segment:
     @property
     def tokens(self) -> list[int]:
         """Token ids as a new list, -1 where unknown. Ids still on a device are read back now."""
-        return self._log.read()
+        return self._cell.get().log.read()
 
     def __len__(self) -> int:
-        return self._length
+        return self._cell.get().length
 
     def __bool__(self) -> bool:
         return True  # an empty segment is still a segment
@@ -109,16 +149,16 @@ class Segment:
         Raises TypeError or ValueError for a bad `length` or a freed segment.
         """
         cache = self.cache
+        version = cache._version
         cache._check_segment("segment", self)
-        length = checks.is_integer("length", length, 0, self._length)
+        table, stored, log = self._content
+        length = checks.is_integer("length", length, 0, stored)
 
-        def change() -> None:
-            pages = pages_for(length)
-            cache._pool.release(self._table[pages:])
-            self._table, self._length = self._table[:pages], length
-            self._log = self._log.head(length)
+        def truncate(change: Change) -> None:
+            kept = cache._pool.cut(table, stored, length)
+            self._put(change, kept, length, log.head(length))
 
-        cache._all_or_nothing("truncate", [self], change)
+        cache._all_or_nothing("truncate", version, truncate)
 
     def keys(self, layer: int) -> torch.Tensor:
         """Copy of the layer's keys as stored, rotated to 0, 1, ...: [len, Hkv, D]."""
@@ -129,9 +169,14 @@ class Segment:
         return self.cache._read(self, layer, is_key=False)
 
     def __repr__(self) -> str:
-        cache = self._owner()
-        live = cache is not None and cache._segments.get(self._name) is self
-        return f"<Segment {self._name!r}, {f'{self._length} tokens' if live else 'freed'}>"
+        live = self._owner() is not None and self._is_live
+        return f"<Segment {self._name!r}, {f'{len(self)} tokens' if live else 'freed'}>"
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            f"segment: expected not to be copied or pickled, got {self!r}, which is a part of its "
+            "cache; cache.fork(segment) gives one with the same tokens"
+        )
 
 
 @never_compiled
@@ -206,19 +251,12 @@ class SegmentCache:
 
         self._segments: dict[str, Segment] = {}  # the live ones, in order of creation
         self._created = 0
-        self._version = 0  # of the segments: counts changes
-        self._busy: str | None = None  # what is going on, if anything
-        self._growing: dict[Segment, tuple[PageTable, int]] = {}  # tables and lengths to be
+        self._turns = Turns()
         self._pool = PagePool(pages_for(self.max_tokens) + self.spare_pages)
+        self._totals = Cell(_Totals(0, self._pool.free, 0))
 
         code = checks.DTYPE_CODES[dtype]
-        shape_of = self._backend.page_shape
-        pages = self._pool.count
-        key_shape = (pages, *shape_of(code, self.num_kv_heads, self.head_dim, True))
-        value_shape = (pages, *shape_of(code, self.num_kv_heads, self.value_dim, False))
-        layers = range(self.num_layers)
-        self._keys = [self._backend.reserve(key_shape, dtype) for _ in layers]
-        self._values = [self._backend.reserve(value_shape, dtype) for _ in layers]
+        self._keys, self._values = self._reserve(code)
         self._layers = PagedLayers(
             code,
             self.num_kv_heads,
@@ -252,7 +290,7 @@ class SegmentCache:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The live segments in order of creation."""
-        return tuple(self._segments.values())
+        return tuple(s for s in list(self._segments.values()) if s._is_live)
 
     @property
     def bytes_per_token(self) -> int:
@@ -266,21 +304,23 @@ class SegmentCache:
 
         An open step's new tokens count as stored.
         """
-        return self._pool.stored_tokens(
-            self._growing.get(segment, (segment._table, segment._length))
-            for segment in self._segments.values()
-        )
+        return self._totals.get_ahead().stored
 
     @property
     def free_tokens(self) -> int:
         """Tokens that a new segment could still take."""
-        room = max(0, self.max_tokens - self.used_tokens)
-        return min(room, self._pool.free * PAGE_SIZE)
+        stored, free_pages, _ = self._totals.get_ahead()
+        return min(max(0, self.max_tokens - stored), free_pages * PAGE_SIZE)
+
+    @property
+    def _version(self) -> int:
+        return self._totals.get().version
 
     def segment(self, name: str) -> Segment:
         """A new, empty segment. Raises ValueError if a live one has the name."""
+        version = self._version
         name = self._check_name(name)
-        return self._all_or_nothing("segment", [], lambda: self._add(name))
+        return self._all_or_nothing("segment", version, lambda c: self._add(c, name, _EMPTY))
 
     def fork(self, segment: Segment, name: str | None = None) -> Segment:
         """A new segment with the same tokens, which costs no memory until one of the two grows.
@@ -288,22 +328,18 @@ class SegmentCache:
         Without a name it is called after the original: "prompt.1", "prompt.2", ... Raises
         TypeError or ValueError for a bad argument.
         """
+        version = self._version
         self._check_segment("segment", segment)
         if name is None:
-            number = 1
-            while f"{segment._name}.{number}" in self._segments:
-                number += 1
-            name = f"{segment._name}.{number}"
-        unique = self._check_name(name)
+            while self._is_taken(name := f"{segment._name}.{segment._next_fork}"):
+                segment._next_fork += 1
+        unique, content = self._check_name(name), segment._content
 
-        def change() -> Segment:
-            fork = self._add(unique)
-            self._pool.share(segment._table)
-            fork._table, fork._length = segment._table, segment._length
-            fork._log = segment._log.copy()
-            return fork
+        def fork(change: Change) -> Segment:
+            self._pool.share(content.table, content.length)
+            return self._add(change, unique, content)
 
-        return self._all_or_nothing("fork", [], change)
+        return self._all_or_nothing("fork", version, fork)
 
     def commit(self, source: Segment, target: Segment) -> None:
         """Move the tokens of `source` behind those of `target`; `source` is empty afterwards.
@@ -311,28 +347,28 @@ class SegmentCache:
         Its keys are rotated by the length of `target`, once and in float32. Raises TypeError or
         ValueError for a bad argument, and `OutOfPages`: while it copies, both hold pages.
         """
+        version = self._version
         self._check_segment("source", source)
         self._check_segment("target", target)
         if source is target:
             raise ValueError(f"source: expected another segment than target, got {source!r} twice")
-        count, start, pages = source._length, target._length, source._table
+        (pages, count, ids), (table, start, log) = source._content, target._content
 
-        def change() -> None:
+        def commit(change: Change) -> None:
             if start == 0:  # rotated by 0: the pages change hands
-                target._table = pages
+                grown = pages
             elif count:
-                target._table = self._grow(target, count)
-                self._pool.release(pages)
-            source._table, source._length = EMPTY_TABLE, 0
-            target._length = start + count
-            self._check_capacity()
-            if start and count:
-                self._backend.commit(self._layers, pages, count, target._table, start)
+                grown = self._grow(target._content, count)
+                self._pool.cut(pages, count, 0)
+                self._check_capacity()
+                self._backend.commit(self._layers, pages, count, grown, start)
                 self.stats.copied_bytes += count * self.bytes_per_token
-            target._log.extend_from(source._log)
-            source._log = TokenLog()
+            else:
+                grown = table
+            target._put(change, grown, start + count, log.joined(ids))
+            source._cell.put(change, _EMPTY)
 
-        self._all_or_nothing("commit", [source, target], change, asked=count)
+        self._all_or_nothing("commit", version, commit, asked=count)
         self.stats.committed_tokens += count
 
     def free(self, segment: Segment) -> None:
@@ -340,14 +376,15 @@ class SegmentCache:
 
         Raises TypeError or ValueError for what is not a live segment of this cache.
         """
+        version = self._version
         self._check_segment("segment", segment)
+        table, length, _ = segment._content
 
-        def change() -> None:
-            self._pool.release(segment._table)
-            del self._segments[segment._name]
-            segment._table, segment._length, segment._log = EMPTY_TABLE, 0, TokenLog()
+        def free(change: Change) -> None:
+            self._pool.cut(table, length, 0)
+            segment._cell.put(change, _GONE)
 
-        self._all_or_nothing("free", [segment], change)
+        self._all_or_nothing("free", version, free, freed=segment)
 
     def step(
         self,
@@ -370,11 +407,13 @@ class SegmentCache:
         Raises TypeError or ValueError for a bad argument; on entering also `OutOfPages`, and
         RuntimeError while another step is open or if the cache has changed in between.
         """
-        self._require_idle("step")
+        if (going_on := self._turns.going_on) is not None:
+            raise RuntimeError(refusal("step", going_on))
+        version = self._version
         writers, order, sizes = self._check_views(views, query_lengths)
         ids = _token_lists(tokens, sizes)
         offsets = np.full((len(sizes), len(order)), _C.HIDDEN, np.int32)
-        lengths = {segment: segment._length for segment in order}
+        lengths = {segment: len(segment) for segment in order}
         for segment, size in zip(writers, sizes, strict=True):
             lengths[segment] += size
         beyond = checks.is_bool("allow_beyond", allow_beyond)
@@ -392,72 +431,155 @@ class SegmentCache:
             for segment in view:
                 offsets[w, columns[segment]] = distance
                 distance -= lengths[segment]
-        return Step(self, writers, order, sizes, ids, offsets, view_lengths)
+        return Step(self, version, writers, order, sizes, ids, offsets, view_lengths)
 
     def __repr__(self) -> str:
         return (
             f"<SegmentCache of {self.num_layers} layers, {self.num_kv_heads} KV heads of "
             f"{self.head_dim}, {self.dtype}, {self.device}: {self.used_tokens} of "
-            f"{self.max_tokens} tokens in {len(self._segments)} segments>"
+            f"{self.max_tokens} tokens in {len(self.segments)} segments>"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            f"cache: expected not to be copied or pickled, got {self!r}: its segments, open steps "
+            "and memory belong together; cache.fork(segment) gives a segment with the same tokens, "
+            "SegmentCache(...) a cache of its own"
         )
 
     # ---- for Segment and Step ---------------------------------------------------------------
 
-    def _add(self, name: str) -> Segment:
+    def _reserve(self, code: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Memory for the keys and values of all layers."""
+        shape_of, pages = self._backend.page_shape, self._pool.count
+        shapes = (
+            (pages, *shape_of(code, self.num_kv_heads, self.head_dim, True)),
+            (pages, *shape_of(code, self.num_kv_heads, self.value_dim, False)),
+        )
+        reserved: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        try:
+            for _ in range(self.num_layers):
+                for storages, shape in zip(reserved, shapes, strict=True):
+                    storages.append(self._backend.reserve(shape, self.dtype))
+        except (MemoryError, OSError, OverflowError, ValueError, RuntimeError) as error:
+            for storages in reserved:
+                storages.clear()  # now: the traceback would keep them
+            raise self._too_large(sum(map(math.prod, shapes)), error) from error
+        return reserved
+
+    def _too_large(self, elements: int, error: Exception) -> Exception:
+        """What to say if there is no memory for this cache, with `elements` in a layer."""
+        wanted = self.num_layers * elements * self.dtype.itemsize
+        free = self._backend.free_memory()
+        known = "" if free is None else f" of about {_gigabytes(free)} that are free"
+        message = (
+            f"max_tokens: expected a cache that fits into memory, got max_tokens={self.max_tokens} "
+            f"and spare_pages={self.spare_pages}, which take {_gigabytes(wanted)}{known} on "
+            f"{self.device}; with fewer tokens it takes less ({error})"
+        )
+        # A caller who waits for the device's own error finds it.
+        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError
+        return kind(message)
+
+    def _add(self, change: Change, name: str, content: Content) -> Segment:
         segment = Segment(self, name, self._created)
         self._created += 1
         self._segments[name] = segment
+        segment._cell.put(change, content)
         return segment
 
-    def _grow(self, segment: Segment, count: int) -> PageTable:
+    def _grow(self, content: Content, count: int) -> PageTable:
         """A table for `count` more tokens; where they would write into a shared page, its copy."""
-        table, copy = self._pool.grow(segment._table, segment._length, count)
+        table, copy = self._pool.grow(content.table, content.length, count)
         if copy:
-            rows = segment._length % PAGE_SIZE
+            rows = content.length % PAGE_SIZE
             self._backend.copy_page(self._layers, *copy, rows)
             self.stats.copied_bytes += rows * self.bytes_per_token
         return table
 
     def _check_capacity(self) -> None:
-        # The pages in use tell, without a count of tokens, that there is room; mostly there is.
-        if self._pool.used * PAGE_SIZE > self.max_tokens and self.used_tokens > self.max_tokens:
+        if self._pool.stored > self.max_tokens:
             raise PagesExhausted
 
     def _read(self, segment: Segment, layer: int, is_key: bool) -> torch.Tensor:
         self._check_segment("segment", segment)
         layer = checks.is_integer("layer", layer, 0, self.num_layers - 1)
-        return self._backend.read(self._layers, layer, is_key, segment._table, segment._length)
-
-    def _require_idle(self, what: str) -> None:
-        if self._busy is not None:
+        content = segment._content
+        rows = self._backend.read(self._layers, layer, is_key, content.table, content.length)
+        # Its pages were its own all the time, and nobody writes into rows that a segment has.
+        if segment._content is not content:
             raise RuntimeError(
-                f"{what}: expected no open step or change of the cache, got one "
-                f"inside {self._busy!r}"
+                f"{'keys' if is_key else 'values'}: expected a segment that nobody changes "
+                f"meanwhile, got {segment!r}, changed by another thread; a cache is for one "
+                "thread at a time"
             )
+        return rows
+
+    # ---- changes ----------------------------------------------------------------------------
 
     def _all_or_nothing(
-        self, what: str, segments: list[Segment], change: Callable[[], T], asked: int = 0
+        self,
+        what: str,
+        version: int,
+        action: Callable[[Change], T],
+        *,
+        asked: int = 0,
+        freed: Segment | None = None,
     ) -> T:
-        """Run `change`, which changes `segments`. Whatever it raises, they are as before."""
-        self._require_idle(what)
-        before = self._savepoint(segments)
+        """Run `action`, which puts what it makes new into cells. Whatever it raises, the cache is
+        as before. `version` is the one for which arguments were checked."""
+        change = Change(what, sys._getframe())
+        self._savepoint(change)
         try:
-            try:
-                self._busy = what
-                result = change()
-                self._version += 1
-                self._busy = None
-                return result
-            except BaseException:
-                before.restore()
-                raise
+            if version != self._version:
+                raise RuntimeError(changed_meanwhile(what))
+            result = action(change)
+            self._finish(change, freed)
+            return result
         except BaseException as error:
-            before.restore()  # again, because a Ctrl-C may have come in the middle of it
+            self._tidy_up(change)
             self._raise_if_full(error, asked)
             raise
 
-    def _savepoint(self, changing: Iterable[Segment]) -> _Savepoint:
-        return _Savepoint(self, changing)
+    def _savepoint(self, change: Change) -> None:
+        """The turn for `change`: until it is done, the cache is as it is now."""
+        if not self._turns.take(change):
+            self._restore()
+
+    def _finish(self, change: Change, freed: Segment | None = None) -> None:
+        """The change is done, in the one line that says so."""
+        self._note_totals(change)
+        change.done = True
+        if freed is not None:
+            self._forget(freed)
+        change.end()
+
+    def _note_totals(self, change: Change) -> None:
+        pool = self._pool
+        self._totals.put(change, _Totals(pool.stored, pool.free, self._version + 1))
+
+    def _forget(self, segment: Segment) -> None:
+        del self._segments[segment._name]
+        name, _, number = segment._name.rpartition(".")
+        original = self._segments.get(name)
+        if original is not None and number.isascii() and number.isdecimal() and len(number) < 10:
+            original._next_fork = min(original._next_fork, max(int(number), 1))
+
+    def _tidy_up(self, change: Change) -> None:
+        """After a change that raised: undone, unless it was done already."""
+        if not change.over:
+            self._restore()
+            change.end()
+
+    def _restore(self) -> None:
+        """Everything else as it follows from what the segments hold."""
+        segments = self.segments
+        self._segments = {segment._name: segment for segment in segments}
+        self._pool.rebuild(segment._content[:2] for segment in segments)
+        self._totals.settle()
+        for segment in segments:
+            segment._cell.settle()
+            segment._next_fork = 1
 
     def _raise_if_full(self, error: BaseException, asked: int) -> None:
         if isinstance(error, PagesExhausted):
@@ -471,9 +593,13 @@ class SegmentCache:
             raise TypeError(f"name: expected a string, got {checks.describe(name)}")
         if not name:
             raise ValueError("name: expected at least one letter, got an empty string")
-        if name in self._segments:
+        if self._is_taken(name):
             raise ValueError(f"name: expected one that no live segment has, got {name!r}")
         return name
+
+    def _is_taken(self, name: str) -> bool:
+        segment = self._segments.get(name)
+        return segment is not None and segment._is_live
 
     def _check_segment(self, name: str, segment: Segment) -> None:
         if not isinstance(segment, Segment):
@@ -482,8 +608,12 @@ class SegmentCache:
             raise ValueError(
                 f"{name}: expected a segment of this cache, got {segment!r} of another one"
             )
-        if self._segments.get(segment._name) is not segment:
+        if not segment._is_live:
             raise ValueError(f"{name}: expected a live segment, got {segment!r}")
+
+    def _owns(self, segment: object) -> bool:
+        """Whether it is a live segment of this cache."""
+        return isinstance(segment, Segment) and segment._owner() is self and segment._is_live
 
     def _check_views(
         self, views: Sequence[Sequence[Segment]], query_lengths: Sequence[int]
@@ -496,7 +626,6 @@ class SegmentCache:
         sizes: list[int] = checks.is_int32_array(
             "query_lengths", query_lengths, (len(views),), what, low=1
         ).tolist()
-        live = set(self._segments.values())
         seen: set[Segment] = set()
         writer_of: dict[Segment, int] = {}
         for w, view in enumerate(views):
@@ -507,7 +636,7 @@ class SegmentCache:
                 distinct = set(view)
             except TypeError:  # not even hashable
                 distinct = set()
-            if not distinct or not distinct <= live:
+            if not distinct or not all(map(self._owns, distinct - seen)):
                 for i, segment in enumerate(view):
                     self._check_segment(f"views[{w}][{i}]", segment)
             if len(distinct) < len(view):
@@ -524,23 +653,8 @@ class SegmentCache:
         return list(writer_of), sorted(seen, key=operator.attrgetter("_serial")), sizes
 
 
-class _Savepoint:
-    """What the segments look like before a change of some of them."""
-
-    def __init__(self, cache: SegmentCache, changing: Iterable[Segment]) -> None:
-        self._cache = cache
-        self._live = dict(cache._segments)
-        self._states = [(s, s._table, s._length, s._log) for s in changing]
-
-    def restore(self) -> None:
-        """Undo the change, however far it went. Once more does no harm, even if cut short."""
-        self._cache._segments = self._live
-        for segment, table, length, log in self._states:
-            log.truncate(length)  # a change only appends to a log, or puts a new one in its place
-            segment._table, segment._length, segment._log = table, length, log
-        self._cache._pool.rebuild(segment._table for segment in self._live.values())
-        self._cache._growing = {}
-        self._cache._busy = None
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
 
 
 def _device(name: str, device: torch.device | str) -> tuple[torch.device, Backend]:

@@ -122,6 +122,12 @@ class CudaBackend:
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
+    def free_memory(self) -> int | None:
+        try:
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        except (RuntimeError, ValueError, AssertionError):
+            return None
+
     def step_memory(self) -> StepMemory:
         return StepMemory(self._device)
 

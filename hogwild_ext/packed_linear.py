@@ -134,23 +134,18 @@ class StepLinear(nn.Linear):
 
 def pack_layers(model: nn.Module, in_step: Callable[[], bool]) -> None:
     """Makes the model's linear layers use packed weights while `in_step` says so."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = StepLinear
-            layer: Any = module
-            layer.in_step, layer.packed = in_step, None
+    for layer in _layers(model):
+        layer.in_step, layer.packed = in_step, None
+        layer.__class__ = StepLinear
 
 
 def unpack_layers(model: nn.Module) -> None:
-    """Takes back what `pack_layers` did, and releases the packed weights."""
-    for layer in _packed_layers(model):
+    """Takes back what `pack_layers` did, however far it went, and releases the packed weights."""
+    for layer in _layers(model):
         layer.__class__ = nn.Linear
-        del layer.in_step, layer.packed
+        for name in ("in_step", "packed"):
+            vars(layer).pop(name, None)
 
 
-def has_packed_layers(model: nn.Module) -> bool:
-    return next(_packed_layers(model), None) is not None
-
-
-def _packed_layers(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if type(module) is StepLinear)
+def _layers(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if type(module) in (nn.Linear, StepLinear))

@@ -30,7 +30,7 @@ def pages_for(tokens: int) -> int:
 
 
 class PagePool:
-    """Numbered pages with a count of the tables that hold each of them.
+    """Numbered pages with a count of the tables that hold each of them, and of the tokens in them.
 
     The tables are the truth and the pool follows from them: `rebuild` restores it after anything.
     The lowest free page is always handed out first. So equal tables mean equal futures, and
@@ -38,81 +38,129 @@ class PagePool:
     """
 
     def __init__(self, count: int) -> None:
-        self._holders = np.zeros(count, np.int32)  # tables that hold each page
-        self._free = list(range(count))  # a heap
+        self._count = count
+        self._clear()
+
+    def _clear(self) -> None:
+        self._holders = np.zeros(self._count, np.int32)  # tables that hold each page
+        self._returned: list[int] = []  # a heap: the free pages in front of
+        self._untouched = 0  # the first of those that were never taken
+        # page -> rows -> tables that end in the page behind so many rows, if it has more
+        self._ends: dict[int, dict[int, int]] = {}
+        self._stored = 0
 
     @property
     def count(self) -> int:
         """All pages there are."""
-        return len(self._holders)
+        return self._count
 
     @property
     def free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return len(self._returned) + self._count - self._untouched
 
     @property
     def used(self) -> int:
         """Pages that somebody holds."""
-        return self.count - self.free
+        return self._count - self.free
+
+    @property
+    def stored(self) -> int:
+        """Tokens in the pages; what tables share counts once."""
+        return self._stored
 
     def holders(self, page: int) -> int:
         """How many tables hold `page`."""
         return int(self._holders[page])
 
-    def take(self, count: int) -> PageTable:
-        """`count` free pages for one table; raises `PagesExhausted` if there are fewer."""
-        if count > self.free:
-            raise PagesExhausted
-        pages = np.array([heapq.heappop(self._free) for _ in range(count)], np.int32)
-        self._holders[pages] = 1
-        return pages
-
-    def share(self, pages: PageTable) -> None:
-        """One more table holds `pages`."""
-        self._holders[pages] += 1
-
-    def release(self, pages: PageTable) -> None:
-        """One table less holds `pages`; those that nobody holds any more are free."""
-        self._holders[pages] -= 1
-        for page in pages[self._holders[pages] == 0].tolist():
-            heapq.heappush(self._free, page)
+    def free_pages(self) -> list[int]:
+        """Those that nobody holds, in ascending order."""
+        return [*sorted(self._returned), *range(self._untouched, self._count)]
 
     def grow(
         self, table: PageTable, length: int, count: int
     ) -> tuple[PageTable, tuple[int, int] | None]:
-        """A table with room for `count` (> 0) tokens behind the first `length`.
+        """A table with room for `count` (> 0) tokens behind its `length`, instead of `table`.
 
         If they start in the middle of a page that another table holds too, the new table has a
         fresh page in its place, and its content must be copied: returned as (from, to), else None.
         Raises `PagesExhausted`.
         """
-        split = length % PAGE_SIZE > 0 and self._holders[table[-1]] > 1
-        missing = pages_for(length + count) - len(table)
-        if not split:
-            return np.concatenate((table, self.take(missing))) if missing else table, None
-        fresh = self.take(missing + 1)
-        self.release(table[-1:])
-        return np.concatenate((table[:-1], fresh)), (int(table[-1]), int(fresh[0]))
+        last = int(table[-1]) if length % PAGE_SIZE else None
+        split = last is not None and self.holders(last) > 1
+        fresh = self._take(pages_for(length + count) - len(table) + split)
+        touched = fresh.tolist() if last is None else [last, *fresh.tolist()]
+        self._stored -= self._tokens_in(touched[: len(touched) - len(fresh)])
+        self._note_end(table, length, -1)
+        if split:
+            self._holders[last] -= 1
+        kept = table[:-1] if split else table
+        grown = np.concatenate((kept, fresh)) if len(fresh) else kept
+        self._note_end(grown, length + count, 1)
+        self._stored += self._tokens_in(touched)
+        return grown, (touched[0], touched[1]) if split else None
 
-    def stored_tokens(self, tables: Iterable[tuple[PageTable, int]]) -> int:
-        """Tokens in use, given every table with its length; what tables share counts once."""
-        last_pages: dict[int, tuple[int, int]] = {}  # page -> tables that end in it, most rows
+    def cut(self, table: PageTable, length: int, keep: int) -> PageTable:
+        """A table of the first `keep` of `length` tokens, instead of `table`.
+
+        Pages that nobody holds any more are free.
+        """
+        pages = pages_for(keep)
+        dropped = table[pages:]
+        touched = table[max(pages - 1, 0) :].tolist()
+        self._stored -= self._tokens_in(touched)
+        self._note_end(table, length, -1)
+        self._holders[dropped] -= 1
+        for page in dropped[self._holders[dropped] == 0].tolist():
+            heapq.heappush(self._returned, page)
+        kept = table[:pages]
+        self._note_end(kept, keep, 1)
+        self._stored += self._tokens_in(touched)
+        return kept
+
+    def share(self, table: PageTable, length: int) -> None:
+        """One more table is like this one, of `length` tokens."""
+        self._holders[table] += 1
+        self._note_end(table, length, 1)
+
+    def rebuild(self, tables: Iterable[tuple[PageTable, int]]) -> None:
+        """The pool as it follows from all tables and their lengths."""
+        self._clear()
         for table, length in tables:
-            if rows := length % PAGE_SIZE:
-                ending, most = last_pages.get(page := int(table[-1]), (0, 0))
-                last_pages[page] = ending + 1, max(most, rows)
-        unused = sum(
-            PAGE_SIZE - most
-            for page, (ending, most) in last_pages.items()
-            if ending == self._holders[page]
-        )
-        return PAGE_SIZE * self.used - unused
+            self.share(table, length)
+        used = np.flatnonzero(self._holders)
+        self._untouched = int(used[-1]) + 1 if len(used) else 0
+        # In ascending order it is a heap.
+        self._returned = np.flatnonzero(self._holders[: self._untouched] == 0).tolist()
+        missing = sum(PAGE_SIZE - self._tokens_in([page]) for page in self._ends)
+        self._stored = PAGE_SIZE * self.used - missing
 
-    def rebuild(self, tables: Iterable[PageTable]) -> None:
-        """The pool as it follows from `tables`. Where it does already, nothing is in motion."""
-        holders = np.zeros_like(self._holders)
-        for table in tables:
-            holders[table] += 1
-        free: list[int] = np.flatnonzero(holders == 0).tolist()
-        self._holders, self._free = holders, free
+    def _take(self, count: int) -> PageTable:
+        """`count` free pages for one table."""
+        if count > self.free:
+            raise PagesExhausted
+        again = [heapq.heappop(self._returned) for _ in range(min(count, len(self._returned)))]
+        new = range(self._untouched, self._untouched + count - len(again))
+        self._untouched = new.stop
+        pages = np.array([*again, *new], np.int32)
+        self._holders[pages] = 1
+        return pages
+
+    def _note_end(self, table: PageTable, length: int, change: int) -> None:
+        """So many tables more, or less, end like this one."""
+        if rows := length % PAGE_SIZE:
+            ends = self._ends.setdefault(page := int(table[-1]), {})
+            ends[rows] = ends.get(rows, 0) + change
+            if not ends[rows]:
+                del ends[rows]
+                if not ends:
+                    del self._ends[page]
+
+    def _tokens_in(self, pages: Iterable[int]) -> int:
+        """Tokens in these pages: all rows, unless every table that holds one ends in it."""
+        tokens = 0
+        for page in pages:
+            if holders := self.holders(page):
+                ends = self._ends.get(page, {})
+                tokens += max(ends) if sum(ends.values()) == holders else PAGE_SIZE
+        return tokens

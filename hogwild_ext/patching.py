@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ from .model_support import (
     underlying_model,
 )
 from .never_compiled import never_compiled
-from .packed_linear import has_packed_layers, pack_layers, unpack_layers
+from .packed_linear import pack_layers, unpack_layers
 from .step import Step
 
 ATTENTION_NAME = "hogwild_ext"
@@ -62,8 +62,7 @@ class _Unrotated:
 class _ActiveStep:
     step: Step
     dtype: torch.dtype  # of the cache
-    config: _StepConfig  # of the model that runs the step
-    rotary: torch.nn.Module  # likewise
+    rotary: torch.nn.Module  # of the model that runs the step: it has one, and no other model has
 
 
 # The step that `forward` runs in this thread. A ContextVar, because another thread may at the same
@@ -73,20 +72,28 @@ _ACTIVE: ContextVar[_ActiveStep | None] = ContextVar("hogwild_ext_active_step", 
 
 def _active_step() -> _ActiveStep | None:
     # Code that torch.compile traces never belongs to a step, and must not depend on one.
-    return None if torch.compiler.is_compiling() else _ACTIVE.get()
+    active = None if torch.compiler.is_compiling() else _ACTIVE.get()
+    # Threads may inherit the variable. The step is not theirs.
+    return active if active is None or active.step.is_open else None
 
 
 class _StepConfig:
     """A model's config as its attention modules see it: the same, but for the attention's name."""
 
-    def __init__(self, config: Any, shape: ModelShape) -> None:
+    def __init__(self, config: Any, shape: ModelShape, rotary: torch.nn.Module) -> None:
         self._config = config
         self._shape = shape
+        self._rotary = rotary
+        self._packed = False  # set when all linear layers can use packed weights, and not before
 
     def in_step(self) -> bool:
         """Whether a step of this model runs in this thread."""
         active = _active_step()
-        return active is not None and active.config is self
+        return active is not None and active.rotary is self._rotary
+
+    def in_packed_step(self) -> bool:
+        """Whether linear layers are to use packed weights."""
+        return self._packed and self.in_step()
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -123,30 +130,36 @@ def patch(model: Model, *, linear: str | None = None) -> Model:
     inner = underlying_model(model)
     if linear is not None and linear not in LINEAR:
         raise ValueError(f"linear: expected 'packed' or None, got {checks.describe(linear)}")
-    _patch_attention(inner)
-    if linear == "packed" and not has_packed_layers(inner):
+    is_patched = _is_patched(inner)
+    packs = linear == "packed" and not (is_patched and _step_config(inner)._packed)
+    if packs and (device := read_model(inner).device).type != "cpu":
+        raise ValueError(f"linear: expected a model on the CPU for 'packed', got one on {device}")
+    if not is_patched:
+        _patch_attention(inner)
+    if packs:
         _pack(inner)
     return model
 
 
+# Both may be cut short, or done by two threads at once. What they have put in by then does nothing,
+# and the next one puts in everything again.
+
+
 def _patch_attention(inner: PreTrainedModel) -> None:
-    if _is_patched(inner):
-        return
     shape = read_model(inner)
     _wrap_apply_rotary(modelling_module(inner))
-    rotary_module(inner).register_forward_hook(_mark_unrotated)
-    config = _StepConfig(inner.config, shape)
-    for module in attention_modules(inner):
+    rotary = rotary_module(inner)
+    if _mark_unrotated not in rotary._forward_hooks.values():
+        rotary.register_forward_hook(_mark_unrotated)
+    config = _StepConfig(inner.config, shape, rotary)
+    for module in reversed(attention_modules(inner)):  # with the first one the model is patched
         module.config = config
 
 
 def _pack(inner: PreTrainedModel) -> None:
     config = _step_config(inner)
-    if config._shape.device.type != "cpu":
-        raise ValueError(
-            f"linear: expected a model on the CPU for 'packed', got one on {config._shape.device}"
-        )
-    pack_layers(inner, config.in_step)
+    pack_layers(inner, config.in_packed_step)
+    config._packed = True
 
 
 def unpatch(model: Model) -> Model:
@@ -158,15 +171,14 @@ def unpatch(model: Model) -> Model:
     Raises TypeError for anything but a transformers model.
     """
     inner = underlying_model(model)
-    if not _is_patched(inner):
-        return model
-    for module in attention_modules(inner):
-        if isinstance(module.config, _StepConfig):
-            module.config = module.config._config
-    # By identity and not with the handle from registration: that one does not survive a deep copy.
-    hooks = rotary_module(inner)._forward_hooks
-    for key in [key for key, hook in hooks.items() if hook is _mark_unrotated]:
-        del hooks[key]
+    for module in inner.modules():  # with the first attention module the model is patched no more
+        if isinstance(config := getattr(module, "config", None), _StepConfig):
+            config._packed = False  # cut short, this must not leave some layers packed
+            module.config = config._config
+        # By identity and not with the handle from registration: that one does not survive a copy.
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _mark_unrotated]:
+            del hooks[key]
     unpack_layers(inner)
     return model
 
@@ -269,24 +281,23 @@ def forward(
     if logits == "last":
         ends = [end - 1 for end in itertools.accumulate(query_lengths)]
         keep = _on_device(ends, input_ids.device)
-    try:
-        with torch.inference_mode(), step, _in_charge(inner, step, cache.dtype):
-            output = _eager_call(inner)(
-                input_ids=input_ids,
-                # A mask of four dimensions is passed on as it is, and so none is made; our
-                # attention does not look at it. Nor does a step need positions, but the model
-                # would make some.
-                attention_mask=input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-                position_ids=torch.zeros_like(input_ids),
-                use_cache=False,
-                return_dict=True,
-                logits_to_keep=keep,
-                **({"output_router_logits": False} if _has_router(inner) else {}),
-            )
-            rows: Tensor = output.logits[0]
-    except BaseException:
-        step.abandon()  # in case that a Ctrl-C came just before the step's own cleaning up
-        raise
+    arguments = {
+        "input_ids": input_ids,
+        # A mask of four dimensions is passed on as it is, and so none is made; our attention does
+        # not look at it. Nor does a step need positions, but the model would make some.
+        "attention_mask": input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+        "position_ids": torch.zeros_like(input_ids),
+        "use_cache": False,
+        "return_dict": True,
+        "logits_to_keep": keep,
+        **({"output_router_logits": False} if _has_router(inner) else {}),
+    }
+    active = _ActiveStep(step, cache.dtype, rotary_module(inner))
+    with torch.inference_mode(), step:
+        step.lasts_no_longer_than(sys._getframe())
+        # Python leaves the copy of the context whatever is raised: outside of it no step is active.
+        output = copy_context().run(_in_charge, active, _eager_call(inner), arguments)
+        rows: Tensor = output.logits[0]
     return rows if logits == "last" else list(rows.split(query_lengths))
 
 
@@ -310,15 +321,10 @@ def cache_for_model(cls: type[Cache], model: Any, max_tokens: int, spare_pages: 
     )
 
 
-@contextmanager
-def _in_charge(model: PreTrainedModel, step: Step, dtype: torch.dtype) -> Iterator[None]:
-    """Within, and in this thread only, the attention of `model` is the step's."""
-    active = _ActiveStep(step, dtype, _step_config(model), rotary_module(model))
-    before = _ACTIVE.set(active)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(before)
+def _in_charge(active: _ActiveStep, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """The call, in which the attention is the step's. Run it in a context of its own."""
+    _ACTIVE.set(active)
+    return call(**arguments)
 
 
 def _has_router(model: PreTrainedModel) -> bool:

@@ -122,7 +122,7 @@ class Run:
         self._snapshots: list[Snapshot] = []
         self._steps = 0
         self._stats = Stats()
-        self._history: list[str] = []
+        self._history: list[_Paragraph] = []
         self._answer: str | None = None
         self._answered_by: str | None = None
         self._stopped_by: str | None = None
@@ -198,6 +198,12 @@ class Run:
     ) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            "run: expected not to be copied or pickled, got one with a page of its own; "
+            "run.result() tells what there is, and a trace keeps it"
+        )
+
     def stop(self) -> None:
         """Ends the run after the current step, as Ctrl-C would: after the one whose events are
         coming, if it is over already. Signal handlers may call it."""
@@ -213,12 +219,14 @@ class Run:
 
     def result(self) -> Result:
         """What there is so far."""
+        finished = {id(paragraph) for paragraph in self._history}  # the last one just now, maybe
         paragraphs = list(self._history)
         for worker in self._workers:
-            paragraphs += [p.on_page() for p in worker.paragraphs[worker.committed :] if p.text]
+            live = worker.paragraphs[worker.committed :]
+            paragraphs += [p for p in live if p.text and id(p) not in finished]
         return Result(
             answer=self._answer,
-            text="\n\n".join(paragraphs),
+            text="\n\n".join(paragraph.on_page() for paragraph in paragraphs),
             workers=[
                 WorkerResult(
                     name=worker.name,
@@ -530,8 +538,8 @@ class Run:
                 worker.closes = False
                 self._cache.commit(worker.spare, self._page.history)
                 paragraph = worker.paragraphs[worker.committed]
+                self._history.append(paragraph)
                 worker.committed += 1
-                self._history.append(paragraph.on_page())
                 text = paragraph.question + paragraph.text
                 events.append(
                     Event("commit", self._steps, worker.name, paragraph.number, text=text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from threading import get_ident
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +15,9 @@ import torch
 
 from . import checks
 from .backends import PlanInput
+from .changes import Change, finished, is_alive
 from .never_compiled import never_compiled
-from .pages import PAGE_SIZE
+from .pages import PAGE_SIZE, PageTable
 
 if TYPE_CHECKING:
     from .cache import Segment, SegmentCache
@@ -34,13 +37,16 @@ class CapturedStep:
     plan: Any
 
 
+_NOT_ENTERED = finished()
+
+
 @never_compiled
 class Step:
     """What `SegmentCache.step` returns; enter it with `with`, at once.
 
     On entering, room for all new tokens is taken. On leaving, every layer must have been attended
     once, and the segments grow. If anything is raised they stay as they were. Their lengths and
-    tokens do not change before the step has ended well.
+    tokens do not change before the step has ended well. It belongs to the thread that entered it.
 
     `query_lengths` are the workers' new tokens, `num_tokens` (T) their sum, and `view_lengths` the
     tokens in each worker's view, everybody's new ones included.
@@ -49,6 +55,7 @@ class Step:
     def __init__(
         self,
         cache: SegmentCache,
+        version: int,
         writers: list[Segment],
         order: list[Segment],
         sizes: list[int],
@@ -60,13 +67,13 @@ class Step:
         self.view_lengths = tuple(view_lengths)
         self.num_tokens = sum(sizes)
         self._cache = cache
-        self._version = cache._version
+        self._version = version  # of the cache that the step was made for
         self._writers = writers  # [W]
         self._order = order  # [S], all segments seen: columns of the offsets
         self._ids = ids  # [W]
         self._offsets = offsets  # [W, S]
-        self._state = "not entered"
-        self._before = cache._savepoint(writers)
+        self._grown: dict[Segment, tuple[PageTable, int]] = {}  # tables and lengths to be
+        self._change = _NOT_ENTERED
         self._attended = bytearray(cache.num_layers)
         self._captured = bytearray(cache.num_layers)  # into a CUDA graph, not run
 
@@ -86,27 +93,31 @@ class Step:
 
     def __enter__(self) -> Step:
         cache = self._cache
-        if self._state != "not entered":
+        if self._change is not _NOT_ENTERED:
             raise RuntimeError(f"step: expected a new one, got one that is {self._state}")
-        cache._require_idle("step")
-        if self._version != cache._version:
-            raise RuntimeError("step: expected to be entered at once, but the cache has changed")
+        change = Change("step", sys._getframe(), step=self)
+        cache._savepoint(change)
         try:
-            self._state = "entering"
-            cache._busy = "step"
+            if self._version != cache._version:
+                raise RuntimeError(
+                    "step: expected to be entered at once, but the cache has changed"
+                )
+            self._change = change
             # Shortest first: of writers that share their last page, the one with the most rows in
             # it comes last. By then it is the only holder, and it writes behind everybody's rows.
             pairs = zip(self._writers, self.query_lengths, strict=True)
             for segment, size in sorted(pairs, key=lambda pair: len(pair[0])):
-                cache._growing[segment] = cache._grow(segment, size), len(segment) + size
+                content = segment._content
+                self._grown[segment] = cache._grow(content, size), content.length + size
             cache._check_capacity()
             self._threads = torch.get_num_threads()
-            self._state = "open"
+            cache._note_totals(change)
+            change.open()
+            return self
         except BaseException as error:
-            self.abandon()
+            cache._tidy_up(change)
             cache._raise_if_full(error, self.num_tokens)
             raise
-        return self
 
     def __exit__(
         self,
@@ -116,28 +127,45 @@ class Step:
     ) -> None:
         try:
             if kind is None:
+                self._require_open()
                 self._store()
-            else:
-                self.abandon()
-        except BaseException:
+        finally:
             self.abandon()
-            raise
 
     def abandon(self) -> None:
         """Undo the step unless it has ended. `with` calls it when anything is raised.
 
         Only a Ctrl-C that strikes between the end of the block and `with`'s own cleaning up gets
-        past that, and leaves the step open. A loop that must go on even then says
+        past that. The step is then over, without having happened, when nobody holds it any more: a
+        loop that keeps it says `step.abandon()` before it goes on.
 
-            try:
-                with step: ...
-            except BaseException:
-                step.abandon()
-                raise
+        Raises RuntimeError in another thread than the step's, while that is alive.
         """
-        if self._state in ("entering", "open"):
-            self._before.restore()
-            self._state = "over"
+        change = self._change
+        if change.over or change is _NOT_ENTERED:
+            return
+        if change.owner == get_ident():
+            self._cache._tidy_up(change)
+        elif is_alive(change.owner):
+            self._require_open()
+
+    def lasts_no_longer_than(self, call: FrameType) -> None:
+        """The open step is over when `call` has ended, even if `__exit__` was not reached."""
+        self._change.lasts_no_longer_than(call)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used now, in this thread."""
+        return self._change.opened_by == get_ident()
+
+    @property
+    def _state(self) -> str:
+        change = self._change
+        if change is _NOT_ENTERED:
+            return "not entered"
+        if change.over:
+            return "over"
+        return "open" if change.owner == get_ident() else f"open in thread {change.thread_name!r}"
 
     def attend(
         self,
@@ -161,7 +189,8 @@ class Step:
         of the `with` block, or if an input requires grad while grad mode is on.
         """
         cache = self._cache
-        self._require_open()
+        if self._change.opened_by != get_ident():
+            self._require_open()
         as_planned = (
             checks.TENSORS.fit(cache._keys[0], (query, key, value), self._shapes)
             and not torch.is_grad_enabled()
@@ -257,7 +286,7 @@ class Step:
         cache.stats.attention_seconds += time.perf_counter() - started
 
     def _require_open(self) -> None:
-        if self._state != "open":
+        if not self.is_open:
             raise RuntimeError(f"step: expected an open one, got one that is {self._state}")
 
     def _check(
@@ -325,13 +354,13 @@ class Step:
         cache = self._cache
         tables, lengths = [], []
         for segment in self._order:
-            table, length = cache._growing.get(segment, (segment._table, len(segment)))
+            table, length = self._grown.get(segment) or segment._content[:2]
             tables.append(table)
             lengths.append(length)
         slots = []
         for segment, size in zip(self._writers, self.query_lengths, strict=True):
             places = np.arange(len(segment), len(segment) + size)
-            pages = cache._growing[segment][0][places // PAGE_SIZE]
+            pages = self._grown[segment][0][places // PAGE_SIZE]
             slots.append(pages * PAGE_SIZE + places % PAGE_SIZE)
         layout = PlanInput(
             self._offsets,
@@ -358,11 +387,14 @@ class Step:
                 f"not{hint}"
             )
         for segment, ids in zip(self._writers, self._ids, strict=True):
-            segment._log.extend(ids)
-            segment._table, segment._length = cache._growing[segment]
-        cache._version += 1
-        cache._growing = {}
-        cache._busy = None
-        self._state = "over"
+            table, length = self._grown[segment]
+            segment._put(self._change, table, length, segment._content.log.extended(ids))
+        cache._finish(self._change)
         cache.stats.steps += 1
         cache.stats.appended_tokens += self.num_tokens
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            "step: expected not to be copied or pickled, got one of "
+            f"{self._cache!r}; cache.step(...) makes another one"
+        )

@@ -121,7 +121,7 @@ class Game:
     def step(self, views: list[list[Twin]], sizes: list[int]) -> None:
         """A step on random numbers; checks its outputs."""
         for storage in (*self.cache._keys, *self.cache._values):
-            storage[self.cache._pool._free] = torch.nan
+            storage[self.cache._pool.free_pages()] = torch.nan
         total = sum(sizes)
         heads = self.kv_heads * self.group
         queries = [self._draw(total, heads) for _ in range(self.layers)]
