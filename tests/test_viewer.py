@@ -155,7 +155,7 @@ def test_a_trace_that_was_cut_off_is_shown(
 
 
 RUN = {
-    "kind": "run", "version": 1, "hogwild_ext": "9.9", "problem": "p", "layout": "combined",
+    "kind": "run", "version": 2, "hogwild_ext": "9.9", "problem": "p", "layout": "combined",
     "workers": ["Alice"], "seed": 1, "max_steps": 1, "segments": ["prompt"], "model": None,
     "bytes_per_token": 8,
 }  # fmt: skip
@@ -169,12 +169,12 @@ HEADER = json.dumps(RUN).encode()
         (b"hello\n", "expected a trace"),
         (b"\x89PNG\r\n\x1a\n", "expected a trace"),
         (b'{"kind": "token"}\n', "expected a trace"),
-        (json.dumps({**RUN, "version": 2}).encode(), "version 1, got 2"),
+        (json.dumps({**RUN, "version": 3}).encode(), "version 1 or 2, got int 3"),
         (HEADER + b"\n{]\n{}\n", "line 2 is broken"),
         (HEADER + b"\n\xff\n{}\n", "line 2 is broken"),
-        (HEADER + b'\n{"kind": "token"}', "line 2 is broken: token without paragraph, sees, step"),
-        (HEADER + b'\n{"kind":"truncate", "time":1, "step":NaN, "segment":0, "length":0}', "JSON"),
-        (b'{"kind": "run", "version": 1}', "line 1 is broken: run without bytes_per_token"),
+        (HEADER + b'\n{"kind": "token"}', "line 2 is broken: token without paragraph, "),
+        (HEADER + b'\n{"kind":"truncate", "time":1, "step":NaN, "segment":0, "length":0}', "nan"),
+        (b'{"kind": "run", "version": 1}', "run without bytes_per_token"),
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_refused(
@@ -437,8 +437,11 @@ def test_the_order_of_a_view_is_named(open_page: OpenPage) -> None:
     ]  # fmt: skip
     token = next(e for e in lines if e["kind"] == "token" and e["step"] == 20)
     counts = page.all(".crumbs .count")
+    replay = trace.Replay(lines[0])
+    for line in lines[1 : lines.index(token) + 1]:
+        replay.apply(line)
     assert [0 if count == "empty" else int(count) for count in counts] == [
-        length for _, length in token["sees"]
+        length for _, length in replay.sees("Alice")
     ]
 
 
@@ -676,14 +679,18 @@ def test_questions_conclusions_and_ends_have_marks(open_page: OpenPage) -> None:
 
 def test_a_heading_under_which_nothing_was_written_goes_away(open_page: OpenPage) -> None:
     row = {"worker": "A", "segment": 2, "tokens": [5, 6], "text": "A:"}
-    counters = {"encoded_tokens": 2, "committed_tokens": 0, "copied_bytes": 0}
+    counters = {
+        "encoded_tokens": 2, "committed_tokens": 0, "copied_bytes": 0, "forward_seconds": 0.1,
+        "sampling_seconds": 0,
+    }  # fmt: skip
     at = {"step": 1, "time": 0.1, "worker": "A"}
     named = {**at, "paragraph": 1}
     lines = [
         {**RUN, "workers": ["A"], "segments": ["prompt", "history", "A: live, one"]},
         {"kind": "step", "step": 1, "time": 0.1, "rows": [row], **counters},
         {"kind": "start", **named, "text": "A:"},
-        {"kind": "end", **named, "token": 2, "text": "", "sees": [[2, 2]]},
+        {"kind": "view", **at, "segments": [2]},
+        {"kind": "end", **named, "token": 2, "text": "", "segment": 2},
         {"kind": "truncate", "step": 1, "time": 0.1, "segment": 2, "length": 0},
         {"kind": "stop", **at, "reason": "end", "answer": None},
     ]
