@@ -188,6 +188,28 @@ def test_what_was_interrupted_is_there(
     assert not cut.is_complete and cut.lines[-1]["kind"] == "token"
 
 
+def test_a_run_that_is_broken_off_within_a_step_has_a_readable_trace(
+    model: Any, tmp_path: Path
+) -> None:
+    """Before and behind what is told of the step: while tokens are drawn, and between two lines."""
+    for calls in range(1, 9):
+        one = team(model, 2, generation_config=sampled())
+        draw, count = one.sampler, 0
+
+        def stopping(*values: Any, draw: Any = draw, last: int = calls) -> Any:
+            nonlocal count
+            if (count := count + 1) == last:
+                raise KeyboardInterrupt
+            return draw(*values)
+
+        one.sampler = stopping  # type: ignore[assignment]
+        result = one.run("p", 9, trace=tmp_path / "run.jsonl")
+        assert result.stopped_by == "interrupted" and result.steps == (calls + 1) // 2
+        read = trace.read(tmp_path / "run.jsonl")
+        assert (read.lines[-1]["reason"], read.lines[-1]["step"]) == ("interrupted", result.steps)
+        assert sum(line["kind"] == "step" for line in read.lines) == result.steps - 1
+
+
 def test_a_heading_that_goes_away_is_told(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
