@@ -261,7 +261,8 @@ WRONG: list[Any] = [
 ALLOWED = {
     trace_lines.COUNT: [], trace_lines.SEED: [2**53], trace_lines.SECONDS: [1.5],
     trace_lines.TEXT: ["", "x"], trace_lines.MAYBE_TEXT: [None, "", "x"],
-    trace_lines.NAMES: [["x"]], trace_lines.COUNTS: [[]], trace_lines.ROWS: [[]], trace_lines.PLACES: [[]],
+    trace_lines.NAMES: [["x"]], trace_lines.COUNTS: [[]], trace_lines.ROWS: [[]],
+    trace_lines.PLACES: [[]],
 }  # fmt: skip
 
 
