@@ -165,6 +165,15 @@ def test_one_change_says_it_of_all_workers() -> None:
     assert told() == ["change"]
 
 
+def test_not_every_difference_is_one_of_places() -> None:
+    difference = trace_lines.difference
+    assert difference([1, 2], [3, 1, 2]) is None  # in front of all: in no segment's place
+    assert difference([], [1]) is None
+    assert difference([1, 2], [1, 2]) == {}
+    assert difference([1, 2, 3, 4], [1, 5, 4]) == {2: [], 3: [5]}
+    assert difference([1, 2, 3], [2, 3, 1]) == {1: [], 3: [3, 1]}
+
+
 def test_what_is_new_to_one_worker_alone_is_told_of_it_alone() -> None:
     views = Views()
     seen = {"A": [0, 1], "B": [0, 2], "C": [0, 3]}
