@@ -278,7 +278,7 @@ class Replay:
             view = line["segments"]
             self._check_segments(view)
             if len(set(view)) < len(view):
-                raise ValueError(f"step {self._step}: expected each segment once, got {view}")
+                raise ValueError(f"step {self._step}: expected each segment of a view once")
             self._views[line["worker"]] = view
         elif kind in ("token", "end"):
             self._apply_token(line)
@@ -327,7 +327,7 @@ class Replay:
         if not view or view[-1] != segment:
             raise ValueError(
                 f"step {self._step}: expected a view of {worker!r} that ends with segment "
-                f"{segment}, got {list(view)}"
+                f"{segment}, got one that ends with {list(view[-1:])}"
             )
         if line["kind"] == "token":
             self._chosen[worker] = line
@@ -457,7 +457,7 @@ class _Version1:
             at = {"step": line["step"], "time": line["time"]}
             yield from self._views.told(worker, view, at)
             if not sees or self._page.sees(worker) != sees:
-                raise ValueError(f"step {line['step']}: {worker!r} cannot have seen {sees}")
+                raise ValueError(f"step {line['step']}: {worker!r} did not see that: {sees[:9]}")
             told = {key: value for key, value in line.items() if key != "sees"}
             told["segment"] = view[-1]
             if line["kind"] == "token":
@@ -478,7 +478,7 @@ class _Version1:
                 ):
                     raise ValueError(
                         f"step {line['step']}: {row['worker']!r} chose token {token}, but tokens "
-                        f"{row['tokens']} were appended"
+                        f"{row['tokens'][:9]} were appended"
                     )
                 row = {**row, "tokens": row["tokens"][1:], "text": row["text"][len(text) :]}
                 if not row["tokens"] and not row["text"]:

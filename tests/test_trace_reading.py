@@ -67,6 +67,26 @@ def test_both_versions_say_the_same(tmp_path: Path, seed: int, layout: str) -> N
             assert seen == sees
 
 
+def test_a_trace_that_version_1_wrote_is_read() -> None:
+    """By the engine of that time, with all kinds of lines."""
+    path = Path(__file__).parent / "trace_version_1.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    assert old[0]["version"] == 1
+    assert {line["kind"] for line in old} == trace.FIELDS.keys() - {"change", "view"}
+    found = trace.read(path)
+    replay = trace.Replay(found.header)
+    seen = []
+    for line in found.lines:
+        replay.apply(line)
+        if line["kind"] in ("token", "end"):
+            seen.append((line["worker"], line["token"], replay.sees(line["worker"])))
+    assert seen == [(x["worker"], x["token"], x["sees"]) for x in old if "sees" in x]
+    told = [line for line in found.lines if line["kind"] not in ("change", "view")]
+    for line, as_told in zip(told, old[1:], strict=True):
+        for name in line.keys() - {"rows", "segment"}:
+            assert line[name] == as_told[name]
+
+
 def test_what_is_read_is_as_small_as_version_2_is(tmp_path: Path) -> None:
     """An old file may be large; what is kept of it is not, and is linear in the workers."""
     sizes = {}
@@ -460,7 +480,7 @@ LIES = {
     "no such row's worker": "expected a worker of the run, got 'Nobody'",
     "no such row's segment": "expected segments below",
     "no such segment in a view": "expected segments below",
-    "a segment twice in a view": "expected each segment once",
+    "a segment twice in a view": "expected each segment of a view once",
     "no such segment in a change": "expected segments below",
     "another segment than the view's last": "expected a view of .* that ends with segment 0",
     "a step twice": "expected step of step 3, got one of 2",
