@@ -607,9 +607,13 @@ def _run(options: argparse.Namespace) -> int:
             run.close()
         result = run.result()
         view.end(result, _summary(result, max_steps))
-    if options.trace is not None:
+    if result.trace_error is not None:
+        _say(f"the trace is incomplete: {result.trace_error}")
+    elif options.trace is not None:
         _say(f"wrote {options.trace}; to look at it: hogwild view {options.trace}")
-    return 130 if result.stopped_by == "interrupted" else 0
+    if result.stopped_by == "interrupted":
+        return 130
+    return 0 if result.trace_error is None else 1
 
 
 def _check_snapshots(options: argparse.Namespace, max_steps: int) -> None:

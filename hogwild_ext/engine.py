@@ -5,6 +5,7 @@ See sections 3 and 4 of arXiv 2504.06261. `Hogwild` is the team; `run` does the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ class Hogwild:
             trace: a file for everything that happens; see `hogwild_ext.trace`.
 
         Raises TypeError and ValueError for a bad argument, and for a problem too long to begin,
-        OSError for a trace that cannot be written.
+        OSError for a trace that cannot be opened. Where its disk is full later, the run goes on
+        without: `Result.trace_error`, and a RuntimeWarning at the end.
         """
         with self.stream(problem, max_steps, snapshots=snapshots, trace=trace) as events:
             try:
@@ -203,7 +205,12 @@ class Hogwild:
                     pass
             except KeyboardInterrupt:
                 events.close()
-            return events.result()
+            result = events.result()
+        if result.trace_error is not None:
+            warnings.warn(
+                f"the trace is incomplete: {result.trace_error}", RuntimeWarning, stacklevel=2
+            )
+        return result
 
     def stream(
         self,

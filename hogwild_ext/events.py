@@ -99,6 +99,8 @@ class Result:
         stopped_by: one of `STOP_REASONS`, None for a run that is still going on.
         seed: repeats the run, with the same team, problem, machine and number of threads.
         snapshots: one for each budget that was asked for and reached, or that the run did not need.
+        trace_error: why the trace lacks the rest of the run, with the name of its file; None for
+            one that is whole so far, or that was not asked for.
     """
 
     answer: str | None
@@ -109,3 +111,4 @@ class Result:
     stopped_by: str | None
     seed: int
     snapshots: list[Snapshot] = field(default_factory=list)
+    trace_error: str | None = None

@@ -78,7 +78,7 @@ class Combined(Layout):
 
     def view(self, page: Page, worker: int) -> list[Segment]:
         seen = [page.prompt, page.history, *page.finishing]
-        if others := [other for other in page.others(worker) if other in page.writing]:
+        if others := [other for other in page.writing if other != worker]:
             seen.append(page.others_heading)
             for other in others:
                 seen += [page.live[other], page.unfinished[other]]
@@ -96,12 +96,12 @@ class Contiguous(Layout):
     commits = False
 
     def view(self, page: Page, worker: int) -> list[Segment]:
-        seen = [page.prompt]
+        seen, writing = [page.prompt], set(page.writing)
         if others := page.others(worker):
             seen.append(page.others_heading)
             for other in others:
                 seen.append(page.live[other])
-                if other in page.writing:
+                if other in writing:
                     seen.append(page.unfinished[other])
             seen.append(page.own_heading)
         return [*seen, page.live[worker]]

@@ -37,7 +37,7 @@ from .pages import PAGE_SIZE
 from .patching import forward
 from .sampling import generator_of
 from .text_decoder import TextDecoder
-from .trace import Piece, Recorder, token_count
+from .trace import Line, Piece, Recorder, token_count
 
 if TYPE_CHECKING:
     from .engine import Hogwild
@@ -241,7 +241,12 @@ class Run:
             stopped_by=self._stopped_by,
             seed=self.seed,
             snapshots=[*self._snapshots, *self._later_snapshots()],
+            trace_error=self._trace_error(),
         )
+
+    def _trace_error(self) -> str | None:
+        error = None if self._recorder is None else self._recorder.error
+        return None if error is None else f"{error.filename}: {error.strerror}"
 
     def _later_snapshots(self) -> list[Snapshot]:
         """With a larger budget than it needed, a run that ended by itself gives the same answer."""
@@ -330,8 +335,9 @@ class Run:
                 new += len(team.encode(self._next_paragraph(worker).above))
         # What is finished, everybody sees.
         finished = [page.live[worker.index] for worker in closing if team.layout.commits]
+        length_of = {segment: len(segment) for segment in self._cache.segments}
         views = [{*self._view(worker), *finished} for worker in writers]
-        longest = max(sum(map(len, view)) for view in views)
+        longest = max(sum(map(length_of.__getitem__, view)) for view in views)
         if longest + new + team.reserved_tokens > team.max_position:
             return True
         # A commit copies before it frees. A conclusion shares all but a part of a page.
@@ -474,7 +480,6 @@ class Run:
         stats, recorder = self._stats, self._recorder
         logits = self._forward([row.view for row in rows], [row.tokens for row in rows])
         self._steps += 1
-        seen = [recorder.seen(row.view) for row in rows] if recorder else []
         moved = [(worker.spare, len(worker.spare)) for worker in self._workers if worker.closes]
         commits = self._commit()
         self._count()
@@ -498,7 +503,7 @@ class Run:
         for worker, token in drawn:
             events.append(self._take(worker, token))
         if recorder is not None:
-            self._record_step(recorder, rows, seen, events, list(zip(commits, moved, strict=True)))
+            self._record_step(recorder, rows, events, list(zip(commits, moved, strict=True)))
         if self._stopped_by is None and all(worker.ended for worker in self._workers):
             self._stopped_by = "end"
         return commits + events
@@ -621,11 +626,12 @@ class Run:
 
     # ---- the trace --------------------------------------------------------------------------
 
+    def _line(self, kind: str, **content: Any) -> Line:
+        return {"kind": kind, "step": self._steps, "time": round(self._now(), 6), **content}
+
     def _record(self, kind: str, **content: Any) -> None:
         if self._recorder is not None:
-            self._recorder.write(
-                {"kind": kind, "step": self._steps, "time": round(self._now(), 6), **content}
-            )
+            self._recorder.write(self._line(kind, **content))
 
     def _record_stop(self) -> None:
         self._is_over = True
@@ -635,51 +641,47 @@ class Run:
         self,
         recorder: Recorder,
         rows: list[_Row],
-        seen: list[list[list[int]]],
         events: list[Event],
         commits: list[tuple[Event, tuple[Segment, int]]],
     ) -> None:
         """A step and what came of it. Commits last: what was seen, was seen before them."""
         stats = self._stats
-        self._record(
-            "step",
-            rows=[
-                {
-                    "worker": row.writer.name if row.writer else None,
-                    "segment": recorder.number(row.view[-1]),
-                    "tokens": tokens,
-                    "text": text,
-                }
-                for row in rows
-                for tokens, text in row.pieces
-            ],
-            encoded_tokens=stats.encoded_tokens,
-            committed_tokens=stats.committed_tokens,
-            copied_bytes=stats.copied_bytes,
-            forward_seconds=round(stats.forward_seconds, 6),
-            sampling_seconds=round(stats.sampling_seconds, 6),
-        )
-        sees = {
-            row.writer.name: view
-            for row, view in zip(rows, seen, strict=True)
-            if row.speaks and row.writer is not None
-        }
+        lines = [
+            self._line(
+                "step",
+                rows=recorder.rows(
+                    (row.writer.name if row.writer else None, row.view[-1], piece)
+                    for row in rows
+                    for piece in row.pieces
+                ),
+                encoded_tokens=stats.encoded_tokens,
+                committed_tokens=stats.committed_tokens,
+                copied_bytes=stats.copied_bytes,
+                forward_seconds=round(stats.forward_seconds, 6),
+                sampling_seconds=round(stats.sampling_seconds, 6),
+            )
+        ]
+        views = {row.writer.name: row.view for row in rows if row.speaks and row.writer is not None}
         for event in events:
-            more: dict[str, Any] = {}
+            line = self._line(
+                event.kind, worker=event.worker, paragraph=event.paragraph, text=event.text
+            )
             if event.kind in ("token", "end"):
                 assert event.worker is not None
-                more = {"token": event.token, "sees": sees[event.worker]}
-            self._record(
-                event.kind,
-                worker=event.worker, paragraph=event.paragraph, text=event.text, **more,
-            )  # fmt: skip
+                line["token"] = event.token
+                lines += recorder.drawn(line, views[event.worker])
+            else:
+                lines.append(line)
         for event, (source, count) in commits:
-            self._record(
-                "commit",
-                worker=event.worker,
-                paragraph=event.paragraph,
-                segment=recorder.number(source),
-                into=recorder.number(self._page.history),
-                tokens=count,
-                text=event.text,
+            lines.append(
+                self._line(
+                    "commit",
+                    worker=event.worker,
+                    paragraph=event.paragraph,
+                    segment=recorder.number(source),
+                    into=recorder.number(self._page.history),
+                    tokens=count,
+                    text=event.text,
+                )
             )
+        recorder.write(*lines)

@@ -20,11 +20,13 @@ def page(read: Trace) -> str:
     # As text: to JavaScript all numbers are floats.
     header = {**read.header, "seed": str(read.header["seed"])}
     template = resources.files(__package__).joinpath("viewer.html").read_text("utf-8")
-    data = json.dumps(
-        [header, *(line for line in read.lines if line["kind"] in FIELDS)],
-        allow_nan=False,
-        separators=(",", ":"),
-    )
+    # What is known and nothing else: of that it is sure what it holds.
+    known = [
+        {name: value for name, value in line.items() if name == "kind" or name in fields}
+        for line in [header, *read.lines]
+        if (fields := FIELDS.get(line["kind"])) is not None
+    ]
+    data = json.dumps(known, allow_nan=False, separators=(",", ":"))
     # Within JSON these stand in strings only. Without them there is nothing that HTML could read as
     # the end of the script or a comment; json.dumps has escaped all that is not ASCII.
     for character in "<>&":

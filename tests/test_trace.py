@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 import hogwild_ext as hx
 from hogwild_ext import trace
+from hogwild_ext.events import EVENT_KINDS
 from hogwild_ext.layouts import LAYOUTS
 from scripted import (
     EOS,
@@ -25,7 +25,6 @@ from scripted import (
     sampled,
     team,
 )
-from traces import simulate
 
 CLOSING = replace(PROMPTS, closing="\nNow: \\boxed{")
 
@@ -67,15 +66,17 @@ def test_a_trace_replays_to_what_everybody_saw(
         if line["kind"] == "step":
             rows = [tokens for tokens, _ in script.passes[line["step"] - 1]]
         elif line["kind"] in ("token", "end"):
-            tokens = replay.tokens(line["sees"])
+            sees = replay.sees(line["worker"])
+            tokens = replay.tokens(sees)
             assert tokens in rows
-            assert replay.segments[line["sees"][-1][0]][-1][0][-1] == tokens[-1]
+            assert sees[-1][0] == line["segment"]
+            assert replay.segments[line["segment"]][-1][0][-1] == tokens[-1]
             # A character that is not complete yet has no text.
-            assert replay.text(line["sees"]) == decode(tokens).replace("\ufffd", "")
+            assert replay.text(sees) == decode(tokens).replace("\ufffd", "")
             assert f"#{line['worker']}" in decode(tokens)[-200:]
 
     # All that happened is told, in the order of the run but for the commits.
-    told = [line for line in read.lines if line["kind"] not in ("step", "truncate")]
+    told = [line for line in read.lines if line["kind"] in EVENT_KINDS]
     assert len(told) == len(events)
     for event, line in zip(
         sorted(events, key=lambda e: (e.step, e.kind == "stop", e.kind == "commit")),
@@ -187,6 +188,28 @@ def test_what_was_interrupted_is_there(
     assert not cut.is_complete and cut.lines[-1]["kind"] == "token"
 
 
+def test_a_run_that_is_broken_off_within_a_step_has_a_readable_trace(
+    model: Any, tmp_path: Path
+) -> None:
+    """Before and behind what is told of the step: while tokens are drawn, and between two lines."""
+    for calls in range(1, 9):
+        one = team(model, 2, generation_config=sampled())
+        draw, count = one.sampler, 0
+
+        def stopping(*values: Any, draw: Any = draw, last: int = calls) -> Any:
+            nonlocal count
+            if (count := count + 1) == last:
+                raise KeyboardInterrupt
+            return draw(*values)
+
+        one.sampler = stopping  # type: ignore[assignment]
+        result = one.run("p", 9, trace=tmp_path / "run.jsonl")
+        assert result.stopped_by == "interrupted" and result.steps == (calls + 1) // 2
+        read = trace.read(tmp_path / "run.jsonl")
+        assert (read.lines[-1]["reason"], read.lines[-1]["step"]) == ("interrupted", result.steps)
+        assert sum(line["kind"] == "step" for line in read.lines) == result.steps - 1
+
+
 def test_a_heading_that_goes_away_is_told(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -197,87 +220,6 @@ def test_a_heading_that_goes_away_is_told(
     name = read.header["segments"][cut["segment"]]
     assert (name, cut["length"]) == ("A: live, one", len("#A1:a") + 1)
     assert replayed(read).text([[cut["segment"], cut["length"]]]) == "#A1:a.\n\n"
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def written(tmp_path: Path, model: Any) -> list[str]:
-    team(model, 2).run("p", 4, trace=tmp_path / "good.jsonl")
-    return (tmp_path / "good.jsonl").read_text().splitlines()
-
-
-def test_a_trace_that_was_cut_off_has_what_is_there(model: Any, tmp_path: Path) -> None:
-    lines = written(tmp_path, model)
-    path = tmp_path / "cut.jsonl"
-    path.write_text("\n".join(lines)[:-30])
-    read = trace.read(path)
-    assert len(read.lines) == len(lines) - 2 and not read.is_complete
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda lines: [], "expected a trace of hogwild run --trace"),
-        (lambda lines: ["hello"], "expected a trace of hogwild run --trace"),
-        (lambda lines: lines[1:], "expected a trace of hogwild run --trace"),
-        (lambda lines: [lines[0], "{", *lines[1:]], "line 2 is broken"),
-        (lambda lines: [lines[0], "[1]", *lines[1:]], "line 2 is broken: expected an object"),
-        (
-            lambda lines: [json.dumps({**json.loads(lines[0]), "version": 9}), *lines[1:]],
-            "expected a trace of version 1, got 9; it was written by hogwild_ext",
-        ),
-    ],
-)
-def test_what_is_no_trace_is_refused(model: Any, tmp_path: Path, change: Any, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text("".join(line + "\n" for line in change(written(tmp_path, model))))
-    with pytest.raises(ValueError, match=message) as error:
-        trace.read(path)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("kind", sorted(trace.FIELDS.keys() - {"run"}))
-def test_lines_that_lack_something_are_refused(tmp_path: Path, kind: str) -> None:
-    lines = next(
-        lines
-        for lines in (simulate(seed, steps=60, extras=0.3) for seed in range(50))
-        if any(line["kind"] == kind for line in lines)
-    )
-    number, line = next((n, x) for n, x in enumerate(lines, start=1) if x["kind"] == kind)
-    assert trace.FIELDS[kind] <= line.keys()
-    path = tmp_path / "bad.jsonl"
-    for lacking in trace.FIELDS[kind]:
-        bad = {key: value for key, value in line.items() if key != lacking}
-        written = [bad if x is line else x for x in lines]
-        path.write_text("".join(json.dumps(x) + "\n" for x in written))
-        with pytest.raises(ValueError, match=f"line {number} is broken: {kind} without {lacking}"):
-            trace.read(path)
-
-
-@pytest.mark.parametrize("what", ["encoded", "committed", "counted", "copied", "chosen", "seen"])
-def test_a_trace_that_cannot_be_true_is_noticed(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
-) -> None:
-    Script(monkeypatch, {"A": [A, STOP] * 3})
-    team(model, ["A", "B"]).run("p", 6, trace=tmp_path / "run.jsonl")
-    read = trace.read(tmp_path / "run.jsonl")
-    if what == "encoded":
-        next(x for x in read.lines if x["kind"] == "step")["rows"][0]["tokens"].append(5)
-    elif what == "committed":
-        next(x for x in read.lines if x["kind"] == "commit")["tokens"] += 1
-    elif what == "counted":
-        next(x for x in read.lines if x["kind"] == "step")["committed_tokens"] += 1
-    elif what == "copied":
-        next(x for x in read.lines[::-1] if x["kind"] == "step")["copied_bytes"] -= 1
-    elif what == "chosen":
-        next(x for x in read.lines if x["kind"] == "token")["token"] += 1
-    with pytest.raises(ValueError, match=r"step|segment|expected a number of tokens"):
-        replay = trace.Replay(read.header)
-        for line in read.lines:
-            replay.apply(line)
-            if what == "seen" and line["kind"] == "token":
-                replay.tokens([[part, length + 1] for part, length in line["sees"]])
 
 
 def test_a_file_that_cannot_be_written_is_said_at_once(model: Any, tmp_path: Path) -> None:

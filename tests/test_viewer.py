@@ -92,9 +92,25 @@ def test_the_page_links_to_nothing(seed: int) -> None:
     assert "{policy}" not in text.split("</head>")[0]
 
 
-def test_lines_of_unknown_kinds_are_left_out() -> None:
+def test_what_is_unknown_is_left_out(tmp_path: Path) -> None:
+    """Kinds and fields; what JSON does not have could stand there, and nesting without an end."""
     lines = simulate(1, steps=3)
-    assert embedded(page_of([*lines, {"kind": "weather"}])) == lines
+    deep: Any = float("nan")
+    for _ in range(300):
+        deep = [deep]
+    more = [{**line, "more": deep} for line in lines]
+    file = write(tmp_path / "run.jsonl", [*more[:-1], {"kind": "weather", "is": deep}, more[-1]])
+    assert embedded(viewer.page(trace.read(file))) == lines
+
+
+def test_the_page_is_as_large_as_the_trace(tmp_path: Path) -> None:
+    """It has what workers saw as the trace has it: as differences."""
+    names = [f"Worker {i}" for i in range(24)]
+    lines = simulate(1, names, steps=60, words=[" a"], extras=0, version=1)
+    read = trace.read(write(tmp_path / "run.jsonl", lines))
+    assert len(viewer.page(read)) < len(page_of(lines[:1])) + sum(
+        len(json.dumps(line)) for line in read.lines
+    )
 
 
 def test_text_has_contrast_in_both_themes() -> None:
@@ -155,7 +171,7 @@ def test_a_trace_that_was_cut_off_is_shown(
 
 
 RUN = {
-    "kind": "run", "version": 1, "hogwild_ext": "9.9", "problem": "p", "layout": "combined",
+    "kind": "run", "version": 2, "hogwild_ext": "9.9", "problem": "p", "layout": "combined",
     "workers": ["Alice"], "seed": 1, "max_steps": 1, "segments": ["prompt"], "model": None,
     "bytes_per_token": 8,
 }  # fmt: skip
@@ -169,12 +185,12 @@ HEADER = json.dumps(RUN).encode()
         (b"hello\n", "expected a trace"),
         (b"\x89PNG\r\n\x1a\n", "expected a trace"),
         (b'{"kind": "token"}\n', "expected a trace"),
-        (json.dumps({**RUN, "version": 2}).encode(), "version 1, got 2"),
+        (json.dumps({**RUN, "version": 3}).encode(), "version 1 or 2, got int 3"),
         (HEADER + b"\n{]\n{}\n", "line 2 is broken"),
         (HEADER + b"\n\xff\n{}\n", "line 2 is broken"),
-        (HEADER + b'\n{"kind": "token"}', "line 2 is broken: token without paragraph, sees, step"),
-        (HEADER + b'\n{"kind":"truncate", "time":1, "step":NaN, "segment":0, "length":0}', "JSON"),
-        (b'{"kind": "run", "version": 1}', "line 1 is broken: run without bytes_per_token"),
+        (HEADER + b'\n{"kind": "token"}', "line 2 is broken: token without paragraph, "),
+        (HEADER + b'\n{"kind":"truncate", "time":1, "step":NaN, "segment":0, "length":0}', "nan"),
+        (b'{"kind": "run", "version": 1}', "run without bytes_per_token"),
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_refused(
@@ -402,6 +418,17 @@ def test_a_word_shows_what_its_writer_could_see(
     assert_words_are_seen_as_told(open_page(lines), lines)
 
 
+def test_an_old_trace_is_shown_as_a_new_one(open_page: OpenPage, tmp_path: Path) -> None:
+    """And differences of views as whole ones: what is read of version 1 has those."""
+    workers = ("Alice", "Bob", "Carol", "Dave")
+    old, new = (simulate(5, workers, steps=50, extras=0.1, version=v) for v in (1, 2))
+    read = trace.read(write(tmp_path / "old.jsonl", old))
+    kinds = [line["kind"] for line in read.lines]
+    assert kinds.count("change") > 10 and kinds.count("view") < 10
+    page = open_page([read.header, *read.lines])
+    assert_words_are_seen_as_told(page, new)
+
+
 def assert_words_are_seen_as_told(page: Page, lines: list[Line]) -> None:
     """Points at every word, by an event."""
     words = page.js(
@@ -437,8 +464,11 @@ def test_the_order_of_a_view_is_named(open_page: OpenPage) -> None:
     ]  # fmt: skip
     token = next(e for e in lines if e["kind"] == "token" and e["step"] == 20)
     counts = page.all(".crumbs .count")
+    replay = trace.Replay(lines[0])
+    for line in lines[1 : lines.index(token) + 1]:
+        replay.apply(line)
     assert [0 if count == "empty" else int(count) for count in counts] == [
-        length for _, length in token["sees"]
+        length for _, length in replay.sees("Alice")
     ]
 
 
@@ -576,6 +606,82 @@ def test_hostile_text_stays_text(open_page: OpenPage, seed: int) -> None:
     assert wide <= width
 
 
+def test_no_trace_that_is_read_breaks_the_page(
+    open_page: OpenPage, seed: int, tmp_path: Path
+) -> None:
+    """Traces that a run would not write, but that are consistent: the page looks at all of them
+    without a complaint, which `open_page` would tell."""
+    random_ = random.Random(seed)
+    shown_so_far = 0
+    for attempt in range(200):
+        layout = random_.choice(LAYOUTS)
+        lines = simulate(attempt, ("A", "B", "C"), layout, 25, words=HOSTILE, extras=0.2)
+        for _ in range(random_.randint(1, 6)):
+            change_lines(random_, lines)
+        try:
+            read = trace.read(write(tmp_path / "run.jsonl", lines))
+        except ValueError:
+            continue
+        shown_so_far += 1
+        look_at_all(open_page([read.header, *read.lines]))
+        if shown_so_far == 15:
+            break
+    assert shown_so_far == 15
+
+
+STRANGE = [
+    {"kind": "start", "worker": "A", "paragraph": 10**15, "text": ""},
+    {"kind": "question", "worker": "B", "paragraph": 0, "text": "?" * 1000},
+    {"kind": "conclusion", "worker": "C", "text": "\ud800", "answer": "</script>"},
+    {"kind": "truncate", "segment": 1, "length": 0},
+    {"kind": "truncate", "segment": 4, "length": 0},
+    {"kind": "commit", "worker": "A", "paragraph": 2, "segment": 9, "into": 3, "tokens": 0,
+     "text": ""},
+    {"kind": "change", "places": [[1, []], [2, [1]], [8, []]]},
+    {"kind": "change", "places": [[0, [0, 1, 2]]]},
+    {"kind": "change", "places": []},
+    {"kind": "view", "worker": "A", "segments": []},
+    {"kind": "view", "worker": "B", "segments": [7]},
+]  # fmt: skip
+
+
+def change_lines(random_: random.Random, lines: list[Line]) -> None:
+    if len(lines) < 9:
+        return
+    at = random_.randrange(2, len(lines) - 1)
+    step = next(line["step"] for line in reversed(lines[:at]) if "step" in line)
+    choice = random_.random()
+    if choice < 0.6:
+        lines.insert(at, {"step": step, "time": 0, **random_.choice(STRANGE)})
+    elif lines[at]["kind"] in ("start", "question", "conclusion", "truncate"):
+        del lines[at]
+    elif choice < 0.8:
+        lines[at] = {**lines[at], "time": random_.choice([0, 2**53 - 1, 1e-300])}
+    else:
+        del lines[at:]
+
+
+def look_at_all(page: Page) -> None:
+    """Steps, words, marks and keys, and a while of playing."""
+    page.js(
+        """
+        const scrub = document.getElementById("scrub");
+        for (let step = 0; step <= Number(scrub.max) + 1; step++) {
+          scrub.value = step;
+          scrub.dispatchEvent(new Event("input"));
+        }
+        for (const word of document.querySelectorAll("main .token:not([hidden])")) {
+          word.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+        }
+        document.querySelectorAll(".mark").forEach((mark) => mark.click());
+        for (const key of ["Home", "n", "n", "p", "End", "ArrowLeft", "Escape", " "]) {
+          document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+        }
+        """
+    )
+    page.js("return new Promise((done) => setTimeout(() => done(1), 50))")
+
+
 def test_no_text_leads_outside(open_page: OpenPage) -> None:
     """The policy holds even if something did become markup."""
     lines = simulate(1, steps=2)
@@ -676,14 +782,18 @@ def test_questions_conclusions_and_ends_have_marks(open_page: OpenPage) -> None:
 
 def test_a_heading_under_which_nothing_was_written_goes_away(open_page: OpenPage) -> None:
     row = {"worker": "A", "segment": 2, "tokens": [5, 6], "text": "A:"}
-    counters = {"encoded_tokens": 2, "committed_tokens": 0, "copied_bytes": 0}
+    counters = {
+        "encoded_tokens": 2, "committed_tokens": 0, "copied_bytes": 0, "forward_seconds": 0.1,
+        "sampling_seconds": 0,
+    }  # fmt: skip
     at = {"step": 1, "time": 0.1, "worker": "A"}
     named = {**at, "paragraph": 1}
     lines = [
         {**RUN, "workers": ["A"], "segments": ["prompt", "history", "A: live, one"]},
         {"kind": "step", "step": 1, "time": 0.1, "rows": [row], **counters},
         {"kind": "start", **named, "text": "A:"},
-        {"kind": "end", **named, "token": 2, "text": "", "sees": [[2, 2]]},
+        {"kind": "view", **at, "segments": [2]},
+        {"kind": "end", **named, "token": 2, "text": "", "segment": 2},
         {"kind": "truncate", "step": 1, "time": 0.1, "segment": 2, "length": 0},
         {"kind": "stop", **at, "reason": "end", "answer": None},
     ]

@@ -43,10 +43,12 @@ def simulate(
     extras: float = 0.03,
     problem: str = "How many <b>squares</b>?",
     prompt: str = "You are {names}. <script>",
+    version: int = trace.VERSION,
 ) -> list[Line]:
     """The lines of a trace. layout: combined, contiguous or interleaved.
 
     `paragraph`: how often one ends; `extras`: how often a question, a conclusion or an end comes.
+    Views that have changed are told whole, one by one.
     """
     random_ = random.Random(seed)
     commits = layout != "contiguous"
@@ -72,12 +74,14 @@ def simulate(
     pending: list[tuple[list[int], str]] = [([], "") for _ in workers]
     asked: list[str | None] = [None] * len(workers)
     headings = [""] * len(workers)
+    chosen: dict[int, tuple[int, str]] = {}  # by worker
+    told: dict[int, list[int]] = {}  # views
     encoded = committed = copied = 0
     lines: list[Line] = [
         {
-            "kind": "run", "version": 1, "hogwild_ext": "0.1.0", "model": "made up", "seed": seed,
-            "problem": problem, "layout": layout, "workers": list(workers), "max_steps": steps,
-            "segments": names, "bytes_per_token": 46080,
+            "kind": "run", "version": version, "hogwild_ext": "0.1.0", "model": "made up",
+            "seed": seed, "problem": problem, "layout": layout, "workers": list(workers),
+            "max_steps": steps, "segments": names, "bytes_per_token": 46080,
         }
     ]  # fmt: skip
 
@@ -102,32 +106,48 @@ def simulate(
             asked[w] = QUESTION
         return tokens(5), headings[w]
 
-    def row(w: int | None, segment: int, ids: list[int], text: str) -> Line:
+    def row(w: int | None, segment: int, ids: list[int], text: str) -> None:
         nonlocal encoded
         encoded += len(ids)
         texts[segment].append((len(ids), text))
+        if version > 1 and w is not None and w in chosen:  # goes without saying
+            token, its_text = chosen.pop(w)
+            assert ids[0] == token and text.startswith(its_text)
+            ids, text = ids[1:], text[len(its_text) :]
+            if not ids:
+                return
         name = None if w is None else workers[w]
-        return {"worker": name, "segment": segment, "tokens": ids, "text": text}
+        rows.append({"worker": name, "segment": segment, "tokens": ids, "text": text})
+
+    def seen(at: Line, w: int) -> Line:
+        """What says that: a field of a token's line, or a line before it."""
+        view, sees = views[w], sees_of[w]
+        if version == 1:
+            return {"sees": sees}
+        if told.get(w) != view:
+            told[w] = view
+            later.append({"kind": "view", **at, "worker": workers[w], "segments": view})
+        return {"segment": view[-1]}
 
     for w in range(len(workers)):
         pending[w] = open_paragraph(w)
     for step in range(1, steps + 1):
-        rows = []
+        rows: list[Line] = []
         if step == 1:
-            rows.append(row(None, 0, tokens(100), prompt))
+            row(None, 0, tokens(100), prompt)
             if layout != "interleaved":
-                rows.append(row(None, 2, tokens(3), "## Others\n\n"))
-                rows.append(row(None, 3, tokens(4), "## Own\n\n"))
+                row(None, 2, tokens(3), "## Others\n\n")
+                row(None, 3, tokens(4), "## Own\n\n")
                 for segment in unfinished:
-                    rows.append(row(None, segment, tokens(2), " ...\n\n"))
+                    row(None, segment, tokens(2), " ...\n\n")
         for w in range(len(workers)):
             if closes[w] and not commits:
-                rows.append(row(w, live[w], *pending[w]))
+                row(w, live[w], *pending[w])
                 closes[w] = False
                 number[w] += 1
                 pending[w] = open_paragraph(w)
             elif closes[w]:
-                rows.append(row(w, live[w], *pending[w]))
+                row(w, live[w], *pending[w])
                 finishing.append(live[w])
                 closes[w] = False
                 live[w], spare[w] = spare[w], live[w]
@@ -142,18 +162,18 @@ def simulate(
             if (question := asked[w]) is not None and random_.random() < 0.5:
                 ids, text = pending[w]  # in one row with the token before it, or in its own
                 pending[w] = ([*ids, *tokens(7)], text + question)
-                rows.append(row(w, live[w], *pending[w]))
+                row(w, live[w], *pending[w])
             else:
-                rows.append(row(w, live[w], *pending[w]))
+                row(w, live[w], *pending[w])
                 if question is not None:
-                    rows.append(row(w, live[w], tokens(7), question))
+                    row(w, live[w], tokens(7), question)
         ended_before = list(ended)
         later: list[Line] = []
         time = round(0.2 + 0.05 * step, 3)
         at: Line = {"step": step, "time": time}
         drawers = [w for w in writing if not ended[w]]
         views = {w: view(w) for w in drawers}
-        sees = {
+        sees_of = {
             w: [[segment, sum(count for count, _ in texts[segment])] for segment in views[w]]
             for w in drawers
         }
@@ -166,7 +186,7 @@ def simulate(
                 later.append({"kind": "question", **named, "text": asked[w]})
                 asked[w] = None
         for w in drawers:
-            named = {**at, "worker": workers[w], "paragraph": number[w], "sees": sees[w]}
+            named = {**at, "worker": workers[w], "paragraph": number[w], **seen(at, w)}
             if step > 1 and len(writing) > 1 and random_.random() < extras / 3:
                 later.append({"kind": "end", **named, "token": 2, "text": ""})
                 ended[w] = True
@@ -179,7 +199,7 @@ def simulate(
                 closes[w] = True
             written[w] = written[w] or text != ""
             token = random_.randrange(1000)
-            pending[w] = ([token], text)
+            pending[w], chosen[w] = ([token], text), (token, text)
             later.append({"kind": "token", **named, "token": token, "text": text})
             if not closes[w] and random_.random() < extras:
                 asked[w] = QUESTION  # in the middle of a paragraph
@@ -249,7 +269,7 @@ def shown(lines: Sequence[Line], step: int) -> Shown:
             owner |= {row["segment"]: row["worker"] for row in line["rows"] if row["worker"]}
         elif line["kind"] in ("token", "end"):
             drawn[line["worker"]] = line["text"] if line["kind"] == "token" else ""
-            seen[line["worker"]] = replay.text(line["sees"])
+            seen[line["worker"]] = replay.text(replay.sees(line["worker"]))
 
     def text(segment: int) -> str:
         return "".join(text for _, text in replay.segments[segment])
