@@ -259,7 +259,9 @@ struct Attention {
                           heads.value_dim, s.values + k / 2 * padded_dim);
       }
     } else {
-      if (padded_dim == heads.value_dim) return {(const uint32_t*)base, stride, COLUMN_BLOCK};
+      // Products count words by how far they are apart.
+      if (padded_dim == heads.value_dim && stride != 0)
+        return {(const uint32_t*)base, stride, COLUMN_BLOCK};
       // Vectors would read past the row's end.
       for (int k = 0; k < keys; ++k)
         __builtin_memcpy(s.values + k * padded_dim, base + k * stride, heads.value_dim * 4);
