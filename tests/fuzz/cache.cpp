@@ -30,7 +30,7 @@ class Life {
     head_dim_ = draw_dim(rng);
     value_dim_ = rng.chance(0.6) ? head_dim_ : draw_dim(rng);
     layers_ = rng.pick({1, 1, 2, 3});
-    budget_ = std::max(20, std::min(MAX_STORED, 400000 / (kv_heads_ * (head_dim_ + value_dim_) *
+    budget_ = std::max(20, std::min(MAX_STORED, 100000 / (kv_heads_ * (head_dim_ + value_dim_) *
                                                           (group_ + 1) * layers_)));
     scoring_.dtype = dtype_;
     scoring_.head_dim = head_dim_;
@@ -130,20 +130,21 @@ class Life {
   void check_keys(const std::vector<char>& bytes, const std::vector<double>& raw, int64_t first,
                   int64_t step, double scale, const char* what) {
     std::vector<double> x(head_dim_);
+    Turn turn(scoring_, first);
     const int64_t rows = int64_t(raw.size()) / head_dim_;
     for (int64_t r = 0; r < rows; ++r) {
       x.assign(raw.begin() + r * head_dim_, raw.begin() + (r + 1) * head_dim_);
       double norm = 0;
       for (double value : x) norm = std::max(norm, std::abs(value));
-      rotate(scoring_, first + r / kv_heads_ * step, scale, x.data());
+      if (r % kv_heads_ == 0) turn = Turn(scoring_, first + r / kv_heads_ * step);
+      turn.apply(scoring_, scale, x.data());
       for (int d = 0; d < head_dim_; ++d) {
-        const double got =
-            widen(dtype_, bytes.data() + (r * head_dim_ + d) * element_size(dtype_));
+        const double got = widen(dtype_, bytes.data() + (r * head_dim_ + d) * element_size(dtype_));
         const double error = epsilon(dtype_) * 1.01 * std::abs(x[d]) +
                              1e-6 * norm * std::max(1.0, std::abs(scale)) + fuzz::step(dtype_);
-        require(std::abs(got - x[d]) <= error,
-                std::string(what) + ": a key is not where it belongs, row " + std::to_string(r) +
-                    ", dimension " + std::to_string(d));
+        if (!(std::abs(got - x[d]) <= error))
+          throw Finding(std::string(what) + ": a key is not where it belongs, row " +
+                        std::to_string(r) + ", dimension " + std::to_string(d));
       }
     }
   }
@@ -156,7 +157,9 @@ class Life {
   }
 
   Dense dense(const Stored& s, int layer) const {
-    return {widened(s.keys[layer]), widened(s.values[layer])};
+    Dense d{widened(s.keys[layer]), widened(s.values[layer]), {}};
+    d.measure(head_dim_);
+    return d;
   }
 
   // ---- what can happen ---------------------------------------------------------------------
@@ -212,11 +215,11 @@ class Life {
             const std::vector<int32_t>& key_start, const std::vector<int32_t>& tile_pages,
             const std::vector<int32_t>& slots) {
     const int tokens = p.num_tokens(), num_heads = kv_heads_ * group_;
-    const Plan plan({p.workers, p.segments, group_, kv_heads_, int32_t(p.inv_freq.size()),
-                     p.window, true, ROW_GROUP, cpu::SHARED_KEYS, p.offsets.data(),
-                     p.lengths.data(), p.query_lengths.data(), p.inv_freq.data(),
-                     key_start.data(), tile_pages.data(), slots.data()},
-                    cpu::kernels().fill_angles);
+    const Plan plan(
+        {p.workers, p.segments, group_, kv_heads_, int32_t(p.inv_freq.size()), p.window, true,
+         ROW_GROUP, cpu::SHARED_KEYS, p.offsets.data(), p.lengths.data(), p.query_lengths.data(),
+         p.inv_freq.data(), key_start.data(), tile_pages.data(), slots.data()},
+        cpu::kernels().fill_angles);
     cpu::Workspace workspace;  // of all layers
     for (int layer = 0; layer < layers_; ++layer) {
       Arena own;
@@ -247,9 +250,12 @@ class Life {
   }
 
   void append(const Plan& plan, int layer, const Tensor& key, const Tensor& value) {
-    cpu::append({&plan.view(), heads(), {scoring_.rope_scale, scoring_.interleaved},
+    cpu::append({&plan.view(),
+                 heads(),
+                 {scoring_.rope_scale, scoring_.interleaved},
                  {key.data, 0, key.stride[1], key.stride[2]},
-                 {value.data, 0, value.stride[1], value.stride[2]}, key_pages_[layer],
+                 {value.data, 0, value.stride[1], value.stride[2]},
+                 key_pages_[layer],
                  value_pages_[layer]},
                 threads());
   }
@@ -301,10 +307,9 @@ class Life {
   // The op over what is stored, as plain tensors, gives the same bits.
   void compare_rows(Arena& arena, const Problem& p, int layer, const Tensor& query,
                     const Tensor& out) {
-    const Plan plan({p.workers, p.segments, group_, kv_heads_, int32_t(p.inv_freq.size()),
-                     p.window, true, ROW_GROUP, cpu::SHARED_KEYS, p.offsets.data(),
-                     p.lengths.data(), p.query_lengths.data(), p.inv_freq.data(), nullptr, nullptr,
-                     nullptr},
+    const Plan plan({p.workers, p.segments, group_, kv_heads_, int32_t(p.inv_freq.size()), p.window,
+                     true, ROW_GROUP, cpu::SHARED_KEYS, p.offsets.data(), p.lengths.data(),
+                     p.query_lengths.data(), p.inv_freq.data(), nullptr, nullptr, nullptr},
                     cpu::kernels().fill_angles);
     std::vector<SegmentRows> rows;
     for (const Stored& s : segments_)

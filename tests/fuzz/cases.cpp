@@ -9,13 +9,12 @@ namespace fuzz {
 
 using hogwild::HIDDEN;
 
-DType draw_dtype(Rng& rng) {
-  return rng.pick({DType::Float32, DType::Float16, DType::BFloat16});
-}
+DType draw_dtype(Rng& rng) { return rng.pick({DType::Float32, DType::Float16, DType::BFloat16}); }
 
 int draw_dim(Rng& rng) {
   if (rng.chance(0.1)) return int(8 * rng.range(1, 32));
-  return rng.pick({8, 16, 24, 32, 40, 48, 56, 64, 64, 64, 72, 88, 96, 104, 120, 128, 128, 136, 256});
+  return rng.pick(
+      {8, 16, 24, 32, 40, 48, 56, 64, 64, 64, 72, 88, 96, 104, 120, 128, 128, 136, 256});
 }
 
 std::vector<float> draw_frequencies(Rng& rng, int head_dim) {
@@ -58,20 +57,17 @@ Limits limits_of(DType dtype) {
 
 namespace {
 
-std::string place(const char* what, int w, int i, int h) {
-  char text[80];
-  std::snprintf(text, sizeof text, "%s of worker %d, token %d, head %d", what, w, i, h);
-  return text;
-}
-
-void require_near(double actual, double expected, double error, const std::string& where) {
-  const bool near = std::isinf(expected) ? actual == expected
-                                         : std::abs(actual - expected) <= error;
+void require_near(double actual, double expected, double error, const char* what, int w, int i,
+                  int h, int d) {
+  const bool near =
+      std::isinf(expected) ? actual == expected : std::abs(actual - expected) <= error;
   if (near) return;
-  char text[100];
-  std::snprintf(text, sizeof text, ": expected %.9g within %.2g, got %.9g", expected, error,
-                actual);
-  throw Finding(where + text);
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "%s of worker %d, token %d, head %d, dimension %d: expected %.9g within %.2g, got "
+                "%.9g",
+                what, w, i, h, d, expected, error, actual);
+  throw Finding(text);
 }
 
 }  // namespace
@@ -84,11 +80,11 @@ std::string Problem::words() const {
   };
   const char* types[] = {"float32", "float16", "bfloat16"};
   char text[300];
-  std::snprintf(text, sizeof text,
-                "%s, %d x %d heads of %d and %d, window %lld, scale %g, rope_scale %g, softcap %g%s",
-                types[int(dtype)], kv_heads, group, head_dim, value_dim,
-                static_cast<long long>(window), scale, rope_scale, softcap,
-                interleaved ? ", interleaved" : "");
+  std::snprintf(
+      text, sizeof text,
+      "%s, %d x %d heads of %d and %d, window %lld, scale %g, rope_scale %g, softcap %g%s",
+      types[int(dtype)], kv_heads, group, head_dim, value_dim, static_cast<long long>(window),
+      scale, rope_scale, softcap, interleaved ? ", interleaved" : "");
   return std::string(text) + "\n  lengths " + list(lengths) + "\n  query_lengths " +
          list(query_lengths) + "\n  offsets " + list(offsets) + "\n  inv_freq " + list(inv_freq);
 }
@@ -98,15 +94,17 @@ void check_worker(const Problem& p, const std::vector<Dense>& segments, int w, c
   const Limits limits = limits_of(p.dtype);
   const int heads = p.kv_heads * p.group;
   std::vector<double> x(p.head_dim);
-  for (int i = 0; i < p.query_lengths[w]; ++i)
+  for (int i = 0; i < p.query_lengths[w]; ++i) {
+    std::vector<Turn> turns;
+    for (int s = 0; s < p.segments; ++s) turns.emplace_back(p, int64_t(p.offset(w, s)) + i);
     for (int h = 0; h < heads; ++h) {
       for (int d = 0; d < p.head_dim; ++d) x[d] = query.get(at, first + i, h, d);
-      const Answer a = answer(p, segments, limits, w, i, h / p.group, x.data());
+      const Answer a = answer(p, segments, turns, limits, w, i, h / p.group, x.data());
       for (int d = 0; d < p.value_dim; ++d)
-        require_near(out.get(at, first + i, h, d), a.out[d], a.out_error[d],
-                     place("out", w, i, h) + ", dimension " + std::to_string(d));
-      if (lse) require_near(lse[i * heads + h], a.lse, a.lse_error, place("lse", w, i, h));
+        require_near(out.get(at, first + i, h, d), a.out[d], a.out_error[d], "out", w, i, h, d);
+      if (lse) require_near(lse[i * heads + h], a.lse, a.lse_error, "lse", w, i, h, 0);
     }
+  }
 }
 
 void require_same_rows(const Tensor& a, int a_at, int a_first, const Tensor& b, int b_at,
@@ -114,8 +112,9 @@ void require_same_rows(const Tensor& a, int a_at, int a_first, const Tensor& b, 
   const size_t bytes = size_t(a.dim * element_size(a.dtype));
   for (int i = 0; i < tokens; ++i)
     for (int h = 0; h < a.n[2]; ++h)
-      require(!std::memcmp(a.at(a_at, a_first + i, h), b.at(b_at, b_first + i, h), bytes),
-              what + place(": other bits in out", a_at, i, h));
+      if (std::memcmp(a.at(a_at, a_first + i, h), b.at(b_at, b_first + i, h), bytes))
+        throw Finding(what + ": other bits in out, token " + std::to_string(i) + ", head " +
+                      std::to_string(h));
 }
 
 void require_gaps(const Tensor& t, const std::vector<char>& before, const std::string& what) {
@@ -126,7 +125,7 @@ void require_gaps(const Tensor& t, const std::vector<char>& before, const std::s
         const int64_t from = t.at(i, j, k) - t.data;
         std::copy_n(before.begin() + from, t.dim * element_size(t.dtype), now.begin() + from);
       }
-  require(now == before, what + ": something was written between its rows");
+  if (now != before) throw Finding(what + ": something was written between its rows");
 }
 
 }  // namespace fuzz

@@ -9,7 +9,7 @@
 namespace fuzz {
 
 void attend_rows(Rng& rng);  // the op on plain tensors: plan, attend
-void cache_life(Rng& rng);   // pages: append, attend, commit, copy, read
+void cache_life(Rng& rng);  // pages: append, attend, commit, copy, read
 void linear_layer(Rng& rng);
 void large_plan(Rng& rng);  // a plan alone, against a count of who sees what; angles
 

@@ -3,7 +3,8 @@
 //     fuzz --seed 1 --count 300000      so many executions
 //     fuzz --seed 1 --seconds 600       or as many as go into so many seconds
 //     fuzz --seed 1 --start 300000      on from there
-//     fuzz --isa avx2                   on one instruction set; else on all that the CPU has, in turn
+//     fuzz --isa avx2                   on one instruction set; else on all that the CPU has, in
+//     turn
 //
 // Every execution has a number and is drawn from that and the seed alone. Ends in 1 with the first
 // thing that is wrong and a command that repeats it. Executions run in child processes, a few
@@ -117,8 +118,8 @@ int main(int argc, char** argv) {
     return !o.seconds || time(nullptr) - began < o.seconds;
   };
   while (goes_on()) {
-    const int64_t end = o.count ? std::min(next + AT_ONCE * n, o.start + o.count)
-                                : next + AT_ONCE * n;
+    const int64_t end =
+        o.count ? std::min(next + AT_ONCE * n, o.start + o.count) : next + AT_ONCE * n;
     for (int64_t i = 0; i < n; ++i) {  // numbers i, i + n, ... on the i-th instruction set
       const int64_t first = next + ((i - next) % n + n) % n;
       if (first >= end) continue;

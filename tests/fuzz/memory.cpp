@@ -8,11 +8,13 @@
 #include <cstdlib>
 #include <map>
 
+#if !defined(SANITIZED)
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define SANITIZED 1
+#endif
 #endif
 #endif
 
@@ -39,8 +41,8 @@ char* take_slot(size_t room) {
     return slot;
   }
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                      -1, 0);
+  void* memory =
+      mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(static_cast<char*>(memory) + room, page, PROT_NONE);
   return static_cast<char*>(memory);
@@ -106,14 +108,23 @@ double widen(DType dtype, const void* element) {
     return x;
   }
   const uint16_t h = half_bits(element);
+  if (dtype == DType::BFloat16) {
+    const uint32_t u = uint32_t(h) << 16;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+  }
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent > 0 && exponent < 31) {
+    const uint64_t u = uint64_t(h & 0x8000) << 48 | uint64_t(exponent + 1023 - 15) << 52 |
+                       uint64_t(fraction) << 42;
+    double x;
+    std::memcpy(&x, &u, 8);
+    return x;
+  }
   const double sign = h & 0x8000 ? -1.0 : 1.0;
-  const int fraction_bits = dtype == DType::Float16 ? 10 : 7;
-  const int fraction = h & ((1 << fraction_bits) - 1);
-  const int most = dtype == DType::Float16 ? 31 : 255, bias = most / 2;
-  const int exponent = h >> fraction_bits & most;
-  if (exponent == most) return fraction ? std::nan("") : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - fraction_bits);
-  return sign * std::ldexp(fraction + (1 << fraction_bits), exponent - bias - fraction_bits);
+  if (exponent == 31) return fraction ? std::nan("") : sign * INFINITY;
+  return sign * std::ldexp(fraction, -24);
 }
 
 void put(DType dtype, void* element, float x) {
@@ -161,7 +172,8 @@ const float* normals() {
     Rng rng(1, 2);
     std::vector<float> numbers(TABLE);
     for (float& x : numbers)
-      x = float(std::sqrt(-2 * std::log(1 - rng.uniform())) * std::cos(6.283185307 * rng.uniform()));
+      x = float(std::sqrt(-2 * std::log(1 - rng.uniform())) *
+                std::cos(6.283185307 * rng.uniform()));
     return numbers;
   }();
   return table.data();

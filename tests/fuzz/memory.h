@@ -20,7 +20,7 @@ struct Finding : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline void require(bool holds, const std::string& what) {
+inline void require(bool holds, const char* what) {
   if (!holds) throw Finding(what);
 }
 
@@ -122,7 +122,9 @@ struct Tensor {
   double get(int64_t i, int64_t j, int64_t k, int d) const { return widen(dtype, at(i, j, k, d)); }
 
   void fill(Rng& rng, Data data);
-  void fill_bytes(int byte) { if (bytes) std::memset(data, byte, size_t(bytes)); }
+  void fill_bytes(int byte) {
+    if (bytes) std::memset(data, byte, size_t(bytes));
+  }
   std::vector<char> copy() const { return {data, data + bytes}; }
 };
 

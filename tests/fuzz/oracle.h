@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -35,9 +36,19 @@ struct Problem {
   std::string words() const;
 };
 
-// Keys [L, Hkv, D] and values [L, Hkv, Dv] of a segment, dense.
+// Keys [L, Hkv, D] and values [L, Hkv, Dv] of a segment, dense, and the length of each key.
 struct Dense {
-  std::vector<double> keys, values;
+  std::vector<double> keys, values, norms;
+
+  void measure(int dim) {
+    norms.clear();
+    for (size_t at = 0; at < keys.size(); at += size_t(dim)) norms.push_back(norm(&keys[at], dim));
+  }
+  static double norm(const double* x, int dim) {
+    double sum = 0;
+    for (int d = 0; d < dim; ++d) sum += x[d] * x[d];
+    return std::sqrt(sum);
+  }
 };
 
 // How far results may be from the oracle's.
@@ -46,18 +57,29 @@ struct Limits {
   double weight;      // relative error of a softmax weight
 };
 
-// x [D] rotated to a position, in double precision.
-inline void rotate(const Problem& p, int64_t position, double scale, double* x) {
-  const int half = int(p.inv_freq.size());
-  for (int j = 0; j < half; ++j) {
-    const double angle = double(position) * double(p.inv_freq[j]);
-    const double c = std::cos(angle), s = std::sin(angle);
-    double& a = x[p.interleaved ? 2 * j : j];
-    double& b = x[p.interleaved ? 2 * j + 1 : half + j];
-    const double low = a * c - b * s, high = a * s + b * c;
-    a = low * scale, b = high * scale;
+// cos and sin of all frequencies at a position.
+struct Turn {
+  std::vector<double> cos, sin;
+
+  Turn(const Problem& p, int64_t position) {
+    for (float frequency : p.inv_freq) {
+      const double angle = double(position) * double(frequency);
+      cos.push_back(std::cos(angle));
+      sin.push_back(std::sin(angle));
+    }
   }
-}
+
+  // x [D] is rotated.
+  void apply(const Problem& p, double scale, double* x) const {
+    const int half = int(cos.size());
+    for (int j = 0; j < half; ++j) {
+      double& a = x[p.interleaved ? 2 * j : j];
+      double& b = x[p.interleaved ? 2 * j + 1 : half + j];
+      const double low = a * cos[j] - b * sin[j], high = a * sin[j] + b * cos[j];
+      a = low * scale, b = high * scale;
+    }
+  }
+};
 
 // One query's result, and the largest error that arithmetic in float32 explains.
 struct Answer {
@@ -65,10 +87,12 @@ struct Answer {
   double lse, lse_error;
 };
 
-// `query` [D] of token i of worker w, not rotated, for one KV head.
-inline Answer answer(const Problem& p, const std::vector<Dense>& segments, const Limits& limits,
-                     int w, int i, int kv_head, const double* query) {
+// `query` [D] of token i of worker w, not rotated, for one KV head; `turns`: of each segment.
+inline Answer answer(const Problem& p, const std::vector<Dense>& segments,
+                     const std::vector<Turn>& turns, const Limits& limits, int w, int i,
+                     int kv_head, const double* query) {
   const int D = p.head_dim, Dv = p.value_dim;
+  const double query_norm = Dense::norm(query, D) * std::max(1.0, std::abs(double(p.rope_scale)));
   std::vector<double> scores, rotated(D);
   std::vector<const double*> seen;
   double top = -INFINITY, error = 0;
@@ -76,25 +100,23 @@ inline Answer answer(const Problem& p, const std::vector<Dense>& segments, const
     if (!p.sees(w, s)) continue;
     const int64_t position = int64_t(p.offset(w, s)) + i;
     rotated.assign(query, query + D);
-    rotate(p, position, p.rope_scale, rotated.data());
-    for (int64_t l = 0; l < p.lengths[s] && l <= position; ++l) {
-      if (p.window && position - l >= p.window) continue;
-      const double* key = &segments[s].keys[(l * p.kv_heads + kv_head) * D];
-      double sum = 0, magnitude = 0;
-      for (int d = 0; d < D; ++d) {
-        sum += rotated[d] * key[d];
-        magnitude += std::abs(rotated[d] * key[d]);
-      }
-      // Rotation mixes two dimensions, so each is off by part of the other as well.
-      double query_norm = 0, key_norm = 0;
-      for (int d = 0; d < D; ++d) query_norm += query[d] * query[d], key_norm += key[d] * key[d];
-      magnitude += std::sqrt(query_norm * key_norm) * std::abs(p.rope_scale);
-      sum *= p.scale, magnitude *= std::abs(p.scale);
-      if (p.softcap != 0) sum = p.softcap * std::tanh(sum / p.softcap);
-      scores.push_back(sum);
-      seen.push_back(&segments[s].values[(l * p.kv_heads + kv_head) * Dv]);
-      top = std::max(top, sum);
-      error = std::max(error, (magnitude + std::abs(sum)) * limits.arithmetic);
+    turns[s].apply(p, p.rope_scale, rotated.data());
+    int64_t l = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
+    for (; l < p.lengths[s] && l <= position; ++l) {
+      const int64_t row = l * p.kv_heads + kv_head;
+      const double* key = &segments[s].keys[row * D];
+      double sums[8] = {};
+      for (int d = 0; d < D; d += 8)
+        for (int j = 0; j < 8; ++j) sums[j] += rotated[d + j] * key[d + j];
+      double score = 0;
+      for (double sum : sums) score += sum;
+      score *= p.scale;
+      if (p.softcap != 0) score = p.softcap * std::tanh(score / p.softcap);
+      scores.push_back(score);
+      seen.push_back(&segments[s].values[row * Dv]);
+      top = std::max(top, score);
+      const double most = query_norm * segments[s].norms[row] * std::abs(p.scale);
+      error = std::max(error, (2 * most + std::abs(score)) * limits.arithmetic);
     }
   }
   Answer a{std::vector<double>(Dv, 0.0), std::vector<double>(Dv, 0.0), -INFINITY, 0};
