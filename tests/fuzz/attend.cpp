@@ -190,17 +190,20 @@ void check_call(Rng& rng, const Problem& problem) {
     }
     dense[s].measure(p.head_dim);
   }
-  const auto is_sound = [&](int w) {
-    for (int s = 0; s < p.segments; ++s)
-      if (poisoned[s] && p.sees(w, s) && p.lengths[s]) return false;
-    return true;
-  };
+  // Of all that a token sees nothing is NaN.
+  std::vector<std::vector<bool>> sound(p.workers);
+  for (int w = 0; w < p.workers; ++w)
+    for (int i = 0; i < p.query_lengths[w]; ++i) {
+      bool all = true;
+      for (int s = 0; s < p.segments; ++s) all &= !(poisoned[s] && p.sees_a_key(w, s, i));
+      sound[w].push_back(all);
+    }
 
   const bool with_lse = rng.chance(0.5);
   const Result whole = run(arena, rng, call, 1, with_lse);
   for (int w = 0; w < p.workers; ++w) {
     const float* lse = with_lse ? &whole.lse[size_t(w) * queries * heads] : nullptr;
-    if (is_sound(w)) check_worker(p, dense, w, call.query, whole.out, w, 0, lse);
+    check_worker(p, dense, w, call.query, whole.out, w, 0, lse, sound[w]);
     for (int i = p.query_lengths[w]; i < queries; ++i)
       for (int h = 0; h < heads; ++h) {
         for (int d = 0; d < p.value_dim; ++d)
@@ -218,27 +221,24 @@ void check_call(Rng& rng, const Problem& problem) {
   const Result alone = run(arena, rng, part, int(rng.range(1, 3)), with_lse);
   // How many rows travel together decides nothing either.
   const Result narrow = run(arena, rng, call, 1, with_lse, int32_t(rng.range(1, ROW_GROUP)));
-  const auto same_lse = [&](const Result& other, int other_queries, int w, int at) {
-    if (!with_lse) return true;
-    const float* a = whole.lse.data() + size_t(w) * queries * heads;
-    const float* b = other.lse.data() + size_t(at) * other_queries * heads;
-    return !std::memcmp(a, b, size_t(p.query_lengths[w]) * heads * sizeof(float));
+  const auto require_same = [&](const Result& other, int other_queries, int w, int at,
+                                const char* what) {
+    for (int i = 0; i < p.query_lengths[w]; ++i) {
+      if (!sound[w][i]) continue;
+      require_same_rows(whole.out, w, i, other.out, at, i, 1, what);
+      if (!with_lse) continue;
+      const float* a = whole.lse.data() + (size_t(w) * queries + i) * heads;
+      const float* b = other.lse.data() + (size_t(at) * other_queries + i) * heads;
+      if (std::memcmp(a, b, size_t(heads) * sizeof(float)))
+        throw Finding(std::string(what) + ": other bits in lse");
+    }
   };
   for (int w = 0; w < p.workers; ++w) {
-    if (!is_sound(w)) continue;
-    const int tokens = p.query_lengths[w];
-    require_same_rows(whole.out, w, 0, spread.out, w, 0, tokens, "several threads");
-    require(same_lse(spread, queries, w, w), "several threads: other bits in lse");
-    require_same_rows(whole.out, w, 0, narrow.out, w, 0, tokens, "smaller row groups");
-    require(same_lse(narrow, queries, w, w), "smaller row groups: other bits in lse");
+    require_same(spread, queries, w, w, "several threads");
+    require_same(narrow, queries, w, w, "smaller row groups");
   }
-  for (size_t i = 0; i < some.size(); ++i) {
-    if (!is_sound(some[i])) continue;
-    require_same_rows(whole.out, some[i], 0, alone.out, int(i), 0, p.query_lengths[some[i]],
-                      "in other company");
-    require(same_lse(alone, int(part.query.n[1]), some[i], int(i)),
-            "in other company: other bits in lse");
-  }
+  for (size_t i = 0; i < some.size(); ++i)
+    require_same(alone, int(part.query.n[1]), some[i], int(i), "in other company");
   arena.check();
 }
 

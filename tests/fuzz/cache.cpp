@@ -234,7 +234,7 @@ class Life {
       const Tensor out = attend(own, plan, p, layer, query, threads(), workspace);
       int first = 0;
       for (int w = 0; w < p.workers; first += p.query_lengths[w++])
-        check_worker(p, known, w, query, out, 0, first, nullptr);
+        check_worker(p, known, w, query, out, 0, first, nullptr, {});
       const Tensor again = attend(own, plan, p, layer, query, int(rng_.range(1, 6)), workspace);
       require_same_rows(out, 0, 0, again, 0, 0, tokens, "other threads, pages");
       compare_rows(own, p, layer, query, out);

@@ -90,11 +90,13 @@ std::string Problem::words() const {
 }
 
 void check_worker(const Problem& p, const std::vector<Dense>& segments, int w, const Tensor& query,
-                  const Tensor& out, int at, int first, const float* lse) {
+                  const Tensor& out, int at, int first, const float* lse,
+                  const std::vector<bool>& sound) {
   const Limits limits = limits_of(p.dtype);
   const int heads = p.kv_heads * p.group;
   std::vector<double> x(p.head_dim);
   for (int i = 0; i < p.query_lengths[w]; ++i) {
+    if (!sound.empty() && !sound[i]) continue;
     std::vector<Turn> turns;
     for (int s = 0; s < p.segments; ++s) turns.emplace_back(p, int64_t(p.offset(w, s)) + i);
     for (int h = 0; h < heads; ++h) {

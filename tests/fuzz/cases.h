@@ -26,9 +26,11 @@ int32_t draw_offset(Rng& rng, int32_t length);
 Limits limits_of(DType dtype);
 
 // The rows of worker w of `out` and, if there is one, `lse` [Q, Hq], against the oracle. `first`:
-// the worker's first token in `query` and `out`, `at`: its index in their first dimension.
+// the worker's first token in `query` and `out`, `at`: its index in their first dimension. `sound`:
+// the tokens to look at, all if it is empty.
 void check_worker(const Problem& p, const std::vector<Dense>& segments, int w, const Tensor& query,
-                  const Tensor& out, int at, int first, const float* lse);
+                  const Tensor& out, int at, int first, const float* lse,
+                  const std::vector<bool>& sound);
 
 // Runs `body`; a Finding that it raises says what the problem was.
 template <class Body>

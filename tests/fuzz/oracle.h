@@ -33,6 +33,12 @@ struct Problem {
   }
   int32_t offset(int w, int s) const { return offsets[size_t(w) * segments + s]; }
   bool sees(int w, int s) const { return offset(w, s) != hogwild::HIDDEN; }
+  // Whether token i sees any key of the segment.
+  bool sees_a_key(int w, int s, int i) const {
+    const int64_t position = int64_t(offset(w, s)) + i;
+    return sees(w, s) && lengths[s] > 0 && position >= 0 &&
+           (window == 0 || position - (lengths[s] - 1) < window);
+  }
   std::string words() const;
 };
 
