@@ -20,7 +20,13 @@ CSRC = ROOT / "csrc"
 FUZZER = ROOT / "tests" / "fuzz"
 EXECUTIONS = 6000  # of the fuzzer; most faults show in the first hundred
 SAME_CODE = "the compiler makes the same machine code of it"
+ELSEWHERE = "only other CPUs run it"
 OPTIMIZE = "-O1"  # half of the time to compile
+
+
+class OnlyElsewhere(BuildError):
+    """The change is in code of an instruction set that this CPU lacks."""
+
 
 Object = tuple[str, Path]  # (instruction set, or source from csrc, and object file)
 
@@ -94,6 +100,13 @@ def changed_objects(file: str, csrc: Path, folder: Path) -> list[Object]:
         made = _compile(csrc / "cpu/kernels.cpp", _kernel_flags(isa), folder / f"{isa}.o")
         if not _same(made, sound[isa]):
             return [(isa, made)]
+    for isa, flags in isa_flags(all_of_them=True).items():
+        if isa not in isa_flags():
+            kernel = (OPTIMIZE, *common_flags(), *flags, f"-DHOGWILD_ISA={isa}")
+            made = _compile(csrc / "cpu/kernels.cpp", kernel, folder / f"{isa}.o")
+            plain = _compile(CSRC / "cpu/kernels.cpp", kernel, folder / f"{isa}, sound.o")
+            if not _same(made, plain):
+                raise OnlyElsewhere(f"{ELSEWHERE}: {isa}")
     return []
 
 

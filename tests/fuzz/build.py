@@ -24,9 +24,11 @@ CSRC = ROOT / "csrc"
 SANITIZE_FLAGS = ("-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 
 
-def isa_flags(cmake: Path = ROOT / "CMakeLists.txt") -> dict[str, tuple[str, ...]]:
+def isa_flags(
+    cmake: Path = ROOT / "CMakeLists.txt", all_of_them: bool = False
+) -> dict[str, tuple[str, ...]]:
     """The flags of each instruction set, as CMakeLists.txt has them; the newest, which take longest
-    to compile, only if this CPU can run them."""
+    to compile, only if this CPU can run them, or if `all_of_them` are wanted."""
     text = cmake.read_text()
     variables = dict(re.findall(r"set\((\w+) ([^)]*)\)", text))
 
@@ -42,7 +44,7 @@ def isa_flags(cmake: Path = ROOT / "CMakeLists.txt") -> dict[str, tuple[str, ...
     except OSError:
         cpu = set()
     for isa, flag in (("avx512_bf16", "avx512_bf16"), ("amx", "amx_bf16")):
-        if flag not in cpu:
+        if flag not in cpu and not all_of_them:
             isas.pop(isa)
     return isas
 

@@ -31,7 +31,7 @@ constexpr int FOUND = 3;             // exit status of a child with a finding
 
 struct Options {
   uint64_t seed = 1;
-  int64_t start = 0, count = 0, seconds = 0;
+  int64_t start = 0, count = 0, seconds = 0, print = 0;
   std::string isa;
 };
 
@@ -63,6 +63,8 @@ Options parse(int argc, char** argv) {
       o.count = value;
     else if (name == "--seconds")
       o.seconds = value;
+    else if (name == "--print")
+      o.print = value;
     else
       usage(argv[0], name + ": not known");
   }
@@ -73,7 +75,8 @@ Options parse(int argc, char** argv) {
   return o;
 }
 
-void execute(uint64_t seed, int64_t number) {
+// Returns a number that all draws of the execution went into.
+uint64_t execute(uint64_t seed, int64_t number) {
   fuzz::Rng rng(seed, uint64_t(number));
   const double what = rng.uniform();
   if (what < 0.5)
@@ -84,6 +87,7 @@ void execute(uint64_t seed, int64_t number) {
     fuzz::linear_layer(rng);
   else
     fuzz::large_plan(rng);
+  return rng.next();
 }
 
 // In a child: executions begin, begin + step, ... of `isa`. `at` says, to the parent, where it is.
@@ -92,7 +96,10 @@ void run_some(const Options& o, int64_t begin, int64_t end, int64_t step, volati
     *at = number;
     alarm(SECONDS_EACH);
     try {
-      execute(o.seed, number);
+      const uint64_t drawn = execute(o.seed, number);
+      if (o.print)
+        std::fprintf(stderr, "%lld %llx\n", static_cast<long long>(number),
+                     static_cast<unsigned long long>(drawn));
     } catch (const std::exception& error) {
       std::fprintf(stderr, "%s\n", error.what());
       std::_Exit(FOUND);
