@@ -85,6 +85,7 @@ def test_changes_of_python(text: str, changed: set[str]) -> None:
     [
         ("  if (a < b) f();\n", {"  if (a <= b) f();"}),
         ("  x = n + 1;\n", {"  x = n + 2;", "  x = n - 1;", "  x = n;"}),
+        ("  x = a + b * c - d;\n", {"  x = a - d;", "  x = a + b - d;", "  x = a + b * c;"}),
         ("  x = a * b[i + j];\n", {"  x = a;", "  x = a * b[i];"}),
         ("  x = std::min(a, b);\n", {"  x = std::max(a, b);"}),
         ("  if (a && f(b, c)) return;\n", {"  if (a) return;"}),

@@ -11,8 +11,8 @@ cut short goes on from there: what stands in it is not tried again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -41,14 +41,17 @@ def files() -> list[str]:
 
 
 def draw(seed: int, count: int, only: str = "") -> list[Fault]:
-    """`count` changes, half of them in the package and half in C++; each as likely as the others
-    of its kind. The first of a larger count are those of a smaller one."""
+    """`count` changes, half of them in the package and half in C++.
+
+    Their order is that of a digest of the seed and the text: a change that has been drawn stays
+    drawn while other lines come and go.
+    """
     halves: list[list[Fault]] = [[], []]
     for file in files():
         if only in file:
             halves[file.endswith(".py")] += faults_of(file, (ROOT / file).read_text())
-    for language, half in enumerate(halves):
-        random.Random(f"{seed}, {language}").shuffle(half)
+    for half in halves:
+        half.sort(key=lambda fault: hashlib.sha256(repr((seed, key(fault))).encode()).digest())
     longest = max(map(len, halves))
     turns = [half[i] for i in range(longest) for half in halves if i < len(half)]
     return turns[:count]

@@ -18,7 +18,7 @@ from .fault import ROOT, Outcome
 
 CSRC = ROOT / "csrc"
 FUZZER = ROOT / "tests" / "fuzz"
-EXECUTIONS = 6000  # of the fuzzer; most faults show in the first hundred
+EXECUTIONS = 1500  # of the fuzzer; most faults show in the first hundred
 SAME_CODE = "the compiler makes the same machine code of it"
 ELSEWHERE = "only other CPUs run it"
 OPTIMIZE = "-O1"  # half of the time to compile

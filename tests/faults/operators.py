@@ -200,8 +200,10 @@ def _closing(code: str, at: int) -> int | None:
 
 def _operand_end(code: str, at: int, operator: str) -> int | None:
     """Where the operand that begins at `at` ends; none where that takes more than a glance."""
-    logical = operator in ("&&", "||")
-    stop = re.compile(r"[;,)\]}:?]| (?:&&|\|\|)" + ("" if logical else r"| [-+*/%<>=!|&^]"))
+    binds_less = {"&&": "", "||": "", "+": " [-+<>=!|&^]", "-": " [-+<>=!|&^]"}
+    stop = re.compile(
+        r"[;,)\]}:?]| (?:&&|\|\|)|" + (binds_less.get(operator, " [-+*/%<>=!|&^]") or "$")
+    )
     i = at
     while i < len(code):
         if code[i] in "([{":

@@ -61,7 +61,10 @@ SELECTIONS: dict[str, tuple[str, ...]] = {
     "viewer": ("test_viewer.py",),
 }  # fmt: skip
 
-NEVER = {"test_faults.py", "test_fuzz.py", "test_readme.py", "test_build.py"}
+NEVER = {  # of themselves, of builds, of benchmarks
+    "test_faults.py", "test_fuzz.py", "test_readme.py", "test_build.py", "test_sanitize.py",
+    "test_bench.py", "test_bench_generate.py",
+}  # fmt: skip
 
 
 @cache
