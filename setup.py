@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 import build_cuda
 
 ROOT = Path(__file__).parent.resolve()
+SANITIZERS = ("address", "undefined", "address,undefined", "thread")
 
 
 def fail(message: str) -> NoReturn:
@@ -75,10 +76,22 @@ def cuda_options(choice: build_cuda.Choice) -> tuple[list[str], dict[str, str]]:
     return options, environment
 
 
+def sanitize_options() -> list[str]:
+    """CMake's options for HOGWILD_SANITIZE, which instruments the module."""
+    wanted = os.environ.get("HOGWILD_SANITIZE", "")
+    if wanted not in ("", *SANITIZERS):
+        fail(f"HOGWILD_SANITIZE: expected {', '.join(SANITIZERS[:-1])} or {SANITIZERS[-1]}, "
+             f"got {wanted!r}.")  # fmt: skip
+    if wanted:
+        say(f"instrumented by the sanitizers: {wanted}")
+    return [f"-DHOGWILD_SANITIZE={wanted}"]
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         started = time.monotonic()
         check_machine()
+        sanitize = sanitize_options()
         cuda = choose_cuda()
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # Always from scratch: what CMake remembers of an earlier build points into pip's isolated
@@ -99,6 +112,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DHOGWILD_VERSION={self.distribution.get_version()}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *sanitize,
             *options,
             cwd=build,
             env=environment,

@@ -259,10 +259,10 @@ struct Attention {
                           heads.value_dim, s.values + k / 2 * padded_dim);
       }
     } else {
+      // Products count words by how far they are apart.
       if (padded_dim == heads.value_dim && stride != 0)
         return {(const uint32_t*)base, stride, COLUMN_BLOCK};
-      // Vectors would read past the row's end; and products know the last of a tile's rows by its
-      // address, which is that of the first where all rows are one.
+      // Vectors would read past the row's end.
       for (int k = 0; k < keys; ++k)
         __builtin_memcpy(s.values + k * padded_dim, base + k * stride, heads.value_dim * 4);
     }

@@ -199,6 +199,18 @@ def link(units: Sequence[Unit], name: str) -> Path:
     return folder / name
 
 
+def link_program(units: Sequence[Unit], name: str, flags: Sequence[str]) -> Path:
+    """A program of all units."""
+    objects = [str(unit.object) for unit in units]
+    command = [*_host_compiler(), "-pthread", *flags]
+    folder = _folder_of([*command, name, *objects], [])
+    if not folder.exists():
+        with _only_one_builds(), _filled(folder) as new:
+            _run([*command, *objects, "-ldl", "-o", str(new / name)])
+    os.utime(folder)
+    return folder / name
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,0 +1,56 @@
+"""Faults of the Python modules."""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+FAULTS: list[Fault] = [
+    Fault(
+        "forward: an interrupted step is not abandoned",
+        "hogwild_ext/patching.py",
+        "    except BaseException:\n        step.abandon()",
+        "    except BaseException:\n        pass",
+    ),
+    Fault(
+        "default model: files keep the rights that their writer gave them",
+        "hogwild_ext/default_model.py",
+        "file.chmod(0o644)",
+        "file.stat()",
+    ),
+    Fault(
+        "default model: the room needed leaves out the GGUF",
+        "hogwild_ext/default_model.py",
+        "return package.gguf_bytes + max(package.wheel_bytes, package.converted_bytes)",
+        "return max(package.wheel_bytes, package.converted_bytes)",
+    ),
+    Fault(
+        "replay: conclusions may copy any number of bytes",
+        "hogwild_ext/trace.py",
+        'if not 0 <= by_forks <= told["concluded"] * PAGE_SIZE * size:',
+        "if not 0 <= by_forks:",
+    ),
+    Fault(
+        "workers' random streams are one stream, a seed apart",
+        "hogwild_ext/sampling.py",
+        "SeedSequence([seed, worker])",
+        "SeedSequence([seed + worker])",
+    ),
+    Fault(
+        "no top_k means no limit",
+        "hogwild_ext/sampling.py",
+        "50 if config.top_k is None",
+        "0 if config.top_k is None",
+    ),
+    Fault(
+        "a conclusion's processors do not see the worker's own tokens",
+        "hogwild_ext/run.py",
+        "worker.tokens + written",
+        "written",
+    ),
+    Fault(
+        "text is decoded behind one token instead of eight",
+        "hogwild_ext/text_decoder.py",
+        "[-8:]",
+        "[-1:]",
+    ),
+]
