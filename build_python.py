@@ -14,8 +14,8 @@ def check():  # type: ignore[no-untyped-def]
     assert oldest is not None
     if sys.version_info[:2] < (int(oldest.group(1)), int(oldest.group(2))):
         raise SystemExit(
-            "\n\nhogwild_ext needs Python {}.{} or newer, and this is {}.{} ({}). With a newer one, "
-            "type: python3 -m venv .venv && .venv/bin/pip install .\n".format(
+            "\n\nhogwild_ext needs Python {}.{} or newer, and this is {}.{} ({}). With a newer "
+            "one, type: python3 -m venv .venv && .venv/bin/pip install .\n".format(
                 oldest.group(1), oldest.group(2), *sys.version_info[:2], sys.executable
             )
         )
