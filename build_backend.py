@@ -1,15 +1,17 @@
 """setuptools' build backend, with NVIDIA's compiler among the build requirements where the CUDA
 backend is to be built and there is none."""
 
-from __future__ import annotations
+import build_python
 
-import os
-from typing import Any
+build_python.check()  # before anything that an older Python cannot read
 
-from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403
+import os  # noqa: E402
+from typing import Any  # noqa: E402
 
-import build_cuda
+from setuptools import build_meta  # noqa: E402
+from setuptools.build_meta import *  # noqa: E402, F403
+
+import build_cuda  # noqa: E402
 
 Config = dict[str, Any] | None
 

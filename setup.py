@@ -15,7 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 import build_cuda
+import build_python
 
+build_python.check()
 ROOT = Path(__file__).parent.resolve()
 SANITIZERS = ("address", "undefined", "address,undefined", "thread")
 

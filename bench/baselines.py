@@ -259,9 +259,11 @@ def main() -> int:
 
     transformers.logging.disable_progress_bar()
     folder = options.model or default_model.ensure()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dtype = torch.float32 if options.model is None else "auto"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False
+    ).eval()
     hx.patch(model)
     problems = PROBLEMS
     if options.problem:

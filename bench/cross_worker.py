@@ -792,9 +792,13 @@ def main() -> int:
     started = time.perf_counter()
     folder = default_model.ensure()
     transformers.logging.disable_progress_bar()
-    vocabulary = Vocabulary.of(transformers.AutoTokenizer.from_pretrained(folder))
+    vocabulary = Vocabulary.of(
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
     dtype = getattr(torch, options.dtype)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False
+    ).eval()
     model = hx.patch(copy.deepcopy(plain))
     rng = random.Random(options.seed)
     questions = options.trials or (121 if options.quick else 1100)

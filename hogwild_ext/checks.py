@@ -337,3 +337,17 @@ def _memory(tensor: torch.Tensor) -> tuple[int, int]:
         return start, start
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
+
+
+def is_text(name: str, value: Any) -> str:
+    """A string that can be encoded. Raises TypeError and ValueError, naming it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {describe(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected text, got {value[error.start]!r}, half of a character, at "
+            f"{error.start}"
+        ) from None
+    return value

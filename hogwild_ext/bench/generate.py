@@ -61,7 +61,9 @@ def _smollm2(dtype: torch.dtype) -> Any:
 
 
 def _from_folder(folder: str, dtype: torch.dtype) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False
+    ).eval()
 
 
 def _qwen_shape(dtype: torch.dtype) -> Any:
