@@ -116,9 +116,8 @@ class Recorder:
         # ASCII only: no line separator of Unicode can then split a line.
         text = "".join(json.dumps(line) + "\n" for line in lines)
         rest = memoryview(text.encode("ascii"))
-        self._is_whole = (
-            False  # whatever is raised now, Ctrl-C too: nothing comes behind half a line
-        )
+        # Whatever is raised before all is written, Ctrl-C too: nothing comes behind half a line.
+        self._is_whole = False
         try:
             while rest:
                 rest = rest[self._out.write(rest) :]
