@@ -45,7 +45,7 @@ from .model_support import (
     underlying_model,
 )
 from .never_compiled import never_compiled
-from .packed_linear import has_packed_layers, pack_layers, unpack_layers
+from .packed_linear import compare_all, has_packed_layers, pack_layers, unpack_layers
 from .step import Step
 
 ATTENTION_NAME = "hogwild_ext"
@@ -114,7 +114,9 @@ def patch(model: Model, *, linear: str | None = None) -> Model:
             `hogwild bench generate` shows what it gains. It doubles the memory of the weights,
             since `generate`, `state_dict` and the like go on using the model's own; an output
             layer that shares its weight with the embedding gets a copy too. The copies are made in
-            the first step, and again when a weight has changed; `unpatch` releases them.
+            the first step, and again when a weight has changed (`packed_linear.StepLinear` says
+            what is noticed, and when); given again, the next step compares every number. `unpatch`
+            releases them.
             None: the layers stay as they are, packed or not.
 
     Raises TypeError for anything but a transformers model, ValueError for a model that is not
@@ -124,8 +126,9 @@ def patch(model: Model, *, linear: str | None = None) -> Model:
     if linear is not None and linear not in LINEAR:
         raise ValueError(f"linear: expected 'packed' or None, got {checks.describe(linear)}")
     _patch_attention(inner)
-    if linear == "packed" and not has_packed_layers(inner):
+    if linear == "packed":
         _pack(inner)
+        compare_all(inner)
     return model
 
 
@@ -251,7 +254,7 @@ def forward(
     if logits not in ("last", "all"):
         raise ValueError(f"logits: expected 'last' or 'all', got {checks.describe(logits)}")
     allow_beyond = checks.is_bool("allow_beyond", allow_beyond)
-    patch(inner, linear=linear)
+    patch(inner, linear=None if linear == "packed" and has_packed_layers(inner) else linear)
     _check_cache(inner, cache)
     query_lengths, token_ids, input_ids = _read_tokens(inner, cache.device, tokens)
     if len(checks.is_sequence("views", views, "lists of segments, one a worker")) != len(
