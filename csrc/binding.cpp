@@ -154,6 +154,11 @@ void linear(int dtype, int64_t rows, int32_t inputs, int32_t outputs, Address x,
   cpu::linear(args, threads);
 }
 
+uint64_t fingerprint(Address data, int64_t words, int64_t step, int threads) {
+  const py::gil_scoped_release release;
+  return cpu::fingerprint(reinterpret_cast<const void*>(data), words, step, threads);
+}
+
 // Angles [n, 2, R/2] of integer positions.
 Floats fill_angles(const Ints& positions, const Floats& inv_freq) {
   Floats angles({py::ssize_t(positions.size()), py::ssize_t(2), py::ssize_t(inv_freq.size())});
@@ -233,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"));
   m.def("fma_pass", &fma_pass, py::arg("dtype"), py::arg("iterations"), py::arg("threads"));
   m.def("linear", &linear);
+  m.def("fingerprint", &fingerprint);
   m.attr("LINEAR_PANEL") = cpu::LINEAR_PANEL;
   m.def("key_page_elements", [](int dtype, int kv_heads, int head_dim) {
     return cpu::key_page_elements(make_heads(dtype, kv_heads, 1, head_dim, head_dim));

@@ -105,6 +105,16 @@ def is_plain(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def has_memory(value: torch.Tensor) -> bool:
+    """Whether `is_plain` takes the tensor as it is."""
+    if TENSORS.is_plain(value):
+        return True
+    try:
+        return is_plain("tensor", value) is value
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def observer() -> str | None:
     """What of torch watches all that is computed now, if anything: a mode, a trace, a transform."""
     if not (

@@ -45,7 +45,7 @@ from .model_support import (
     underlying_model,
 )
 from .never_compiled import never_compiled
-from .packed_linear import pack_layers, unpack_layers
+from .packed_linear import compare_all, pack_layers, unpack_layers
 from .step import Step
 
 ATTENTION_NAME = "hogwild_ext"
@@ -121,7 +121,9 @@ def patch(model: Model, *, linear: str | None = None) -> Model:
             `hogwild bench generate` shows what it gains. It doubles the memory of the weights,
             since `generate`, `state_dict` and the like go on using the model's own; an output
             layer that shares its weight with the embedding gets a copy too. The copies are made in
-            the first step, and again when a weight has changed; `unpatch` releases them.
+            the first step, and again when a weight has changed (`packed_linear.StepLinear` says
+            what is noticed, and when); given again, the next step compares every number. `unpatch`
+            releases them.
             None: the layers stay as they are, packed or not.
 
     Raises TypeError for anything but a transformers model, ValueError for a model that is not
@@ -131,13 +133,15 @@ def patch(model: Model, *, linear: str | None = None) -> Model:
     if linear is not None and linear not in LINEAR:
         raise ValueError(f"linear: expected 'packed' or None, got {checks.describe(linear)}")
     is_patched = _is_patched(inner)
-    packs = linear == "packed" and not (is_patched and _step_config(inner)._packed)
+    packs = linear == "packed" and not _is_packed(inner)
     if packs and (device := read_model(inner).device).type != "cpu":
         raise ValueError(f"linear: expected a model on the CPU for 'packed', got one on {device}")
     if not is_patched:
         _patch_attention(inner)
     if packs:
         _pack(inner)
+    elif linear == "packed":
+        compare_all(inner)
     return model
 
 
@@ -187,6 +191,10 @@ def _is_patched(model: PreTrainedModel) -> bool:
     layers: Any = getattr(model.base_model, "layers", None) or [None]
     attention = getattr(layers[0], "self_attn", None)
     return isinstance(getattr(attention, "config", None), _StepConfig)
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    return _is_patched(model) and _step_config(model)._packed
 
 
 def _wrap_apply_rotary(modelling: Any) -> None:
@@ -263,7 +271,7 @@ def forward(
     if logits not in ("last", "all"):
         raise ValueError(f"logits: expected 'last' or 'all', got {checks.describe(logits)}")
     allow_beyond = checks.is_bool("allow_beyond", allow_beyond)
-    patch(inner, linear=linear)
+    patch(inner, linear=None if linear == "packed" and _is_packed(inner) else linear)
     _check_cache(inner, cache)
     query_lengths, token_ids, input_ids = _read_tokens(inner, cache.device, tokens)
     if len(checks.is_sequence("views", views, "lists of segments, one a worker")) != len(

@@ -255,7 +255,7 @@ def test_the_size_does_not_depend_on_how_weights_are_kept() -> None:
     assert model.num_parameters() < parameter_count(model) == tiny_model("llama").num_parameters()
     with torch.device("meta"):
         large = transformers.AutoModelForCausalLM.from_config(
-            tiny_config("llama", hidden_size=4096, num_heads=32, head_dim=128, num_layers=20)
+            tiny_config("llama", hidden_size=4096, intermediate_size=9999, num_layers=20)
         )
     expected = parameter_count(large)
     for layer in large.model.layers:

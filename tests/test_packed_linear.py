@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.functional import linear
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hogwild_ext as hx
 from hogwild_ext import packed_linear
@@ -184,6 +185,156 @@ def test_a_changed_weight_is_packed_anew() -> None:
     check()
     layer.to(torch.bfloat16)
     check()
+
+
+def merge(weight: torch.Tensor) -> None:
+    """As PEFT does it."""
+    weight.data += 0.3 * torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+
+
+def write_one(weight: torch.Tensor) -> None:
+    weight.data[-1, 3] += 1
+
+
+def write_by_numpy(weight: torch.Tensor) -> None:
+    weight.detach().numpy()[0, -1] += 1
+
+
+def swap_rows(weight: torch.Tensor) -> None:
+    weight.data[:] = weight.data.flip(0).clone()
+
+
+def swap_numbers(weight: torch.Tensor) -> None:
+    weight.data[5, [2, 9]] = weight.data[5, [9, 2]]
+
+
+def train(weight: torch.Tensor) -> None:
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[7, 7] = 1.0
+    weight.requires_grad_(True)
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
+    weight.requires_grad_(False)
+
+
+UNCOUNTED = [merge, write_one, write_by_numpy, swap_rows, swap_numbers, train]
+
+
+def assert_current(layer: StepLinear, x: torch.Tensor) -> None:
+    """Compares with the weight as it is, without asking the layer for it."""
+    weight = layer._parameters["weight"]
+    right = linear(x, weight, layer.bias)
+    del weight
+    torch.testing.assert_close(layer(x), right)
+    assert layer.packed is not None
+
+
+@pytest.mark.parametrize("change", UNCOUNTED)
+def test_a_change_that_torch_does_not_count_is_noticed(change: Any) -> None:
+    layer = packed_layer(32, 48)
+    x = torch.randn(3, 32)
+    for _ in range(3):
+        assert_current(layer, x)
+        version = layer.weight._version
+        change(layer.weight)
+        assert layer.weight._version == version or change is train
+        assert_current(layer, x)
+
+
+@pytest.mark.parametrize("keep", ["weight", "data", "numpy"])
+def test_what_is_kept_of_a_weight_may_be_written_at_any_time(keep: str) -> None:
+    layer = packed_layer(32, 48)
+    x = torch.randn(3, 32)
+    kept: Any = layer.weight if keep == "weight" else layer.weight.data
+    if keep == "numpy":
+        kept = kept.numpy()
+    for i in range(4):
+        assert_current(layer, x)
+        assert_current(layer, x)
+        (kept.data if keep == "weight" else kept)[i, 3] += 1
+        assert_current(layer, x)
+
+
+def test_a_weight_that_nobody_asked_for_is_compared_in_time() -> None:
+    """One number, through the list of parameters, and nothing kept: the hardest to notice."""
+    layer = packed_layer(512, 96)
+    x = torch.randn(3, 512)
+    assert_current(layer, x)
+    next(layer.parameters()).data[50, 51] += 1
+    for _ in range(packed_linear._LOOKS_AT_ALL):
+        layer(x)
+    assert_current(layer, x)
+    next(layer.parameters()).data += 0.1  # all of them: at once
+    assert_current(layer, x)
+
+
+def test_unchanged_weights_are_hardly_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = packed_layer(512, 96)
+    x = torch.randn(3, 512)
+    layer(x)
+    steps: list[int] = []
+    fingerprint = packed_linear._C.fingerprint
+    monkeypatch.setattr(
+        packed_linear._C, "fingerprint", lambda *a: steps.append(a[2]) or fingerprint(*a)
+    )
+    for _ in range(packed_linear._LOOKS_AT_ALL):
+        layer(x)
+    assert steps.count(1) == 1 and min(steps[:-1]) > 700
+
+
+def test_fingerprints_know_every_word_and_its_place() -> None:
+    for words in (1, 7, 8, 9, 300, 2**17 + 5, 2**18):
+        data = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int64).to(torch.int32)
+        seen = {packed_linear._C.fingerprint(data.data_ptr(), words, 1, 2)}
+        places = sorted({0, words // 2, words - 1, min(8, words - 1), min(2**17, words - 1)})
+        for place in places:
+            data[place] += 1
+            seen.add(packed_linear._C.fingerprint(data.data_ptr(), words, 1, 1))
+        data[[0, -1]] = data[[-1, 0]]
+        seen.add(packed_linear._C.fingerprint(data.data_ptr(), words, 1, 2))
+        assert len(seen) == len(places) + 1 + (words > 1)
+
+
+def test_a_model_whose_adapters_are_merged(model: transformers.PreTrainedModel) -> None:
+    """Every layer, in the very next step."""
+    hx.patch(model, linear="packed")
+    run(model)
+    layers = [module for module in model.modules() if isinstance(module, StepLinear)]
+    for layer in layers:
+        for change in (write_one, merge):
+            change(layer.weight)
+            expected = plain_logits(model, TOKENS)
+            logits = run(model)
+            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_patching_again_compares_all(model: transformers.PreTrainedModel) -> None:
+    hx.patch(model, linear="packed")
+    run(model)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data[1, 1] += 5
+    expected = plain_logits(model, TOKENS)
+    hx.patch(model, linear="packed")
+    assert (run(model) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("where", ["weight", "bias", "input"])
+def test_what_is_no_plain_memory_is_left_to_torch(where: str) -> None:
+    layer = packed_layer(32, 48)
+    x = torch.randn(3, 32)
+    expected = layer(x)
+    if where == "input":
+        result = layer(TwoTensor(x, x))
+    else:
+        plain = layer._parameters[where].data
+        strange = nn.Parameter(TwoTensor(plain, plain), requires_grad=False)
+        setattr(layer, where, strange)
+        result = layer(x)
+    assert isinstance(result, TwoTensor)
+    torch.testing.assert_close(result.a, expected)
+    negative = packed_layer(32, 48, bias=False)
+    negative.weight = nn.Parameter(torch._neg_view(torch.randn(48, 32)), requires_grad=False)
+    torch.testing.assert_close(negative(x), linear(x, negative.weight))
 
 
 def test_weights_of_inference_mode() -> None:

@@ -335,6 +335,33 @@ uint32_t read_bandwidth_pass(const void* data, int64_t bytes, int threads) {
   return sum;
 }
 
+uint64_t fingerprint(const void* data, int64_t words, int64_t step, int threads) {
+  constexpr int64_t PIECE = 1 << 17;
+  constexpr uint64_t ODD = 0x9e3779b97f4a7c15u, OTHER = 0xd1b54a32d192ed03u;
+  // Not as within a chain: there, a word more in one and less in another could be the same again.
+  const auto mix = [](uint64_t all, uint64_t next) {
+    all = (all ^ next) * OTHER;
+    return all ^ all >> 32;
+  };
+  const auto* from = static_cast<const uint32_t*>(data);
+  const int pieces = int((words + PIECE - 1) / PIECE);
+  std::vector<uint64_t> sums(pieces);
+  parallel(words / step < PIECE ? 1 : threads, pieces, [&](int, int i) {
+    // Chains of their own, so that multiplications overlap. An odd factor loses nothing: any one
+    // word that changes shows.
+    uint64_t chains[8] = {};
+    const int64_t end = std::min((i + 1) * PIECE, words);
+    int64_t w = i * PIECE;
+    for (; w + 7 * step < end; w += 8 * step)
+      for (int c = 0; c < 8; ++c) chains[c] = chains[c] * ODD + from[w + c * step];
+    for (; w < end; w += step) chains[0] = chains[0] * ODD + from[w];
+    for (uint64_t chain : chains) sums[i] = mix(sums[i], chain);
+  });
+  uint64_t all = 0;
+  for (uint64_t sum : sums) all = mix(all, sum);
+  return all;
+}
+
 int64_t fma_pass(DType dtype, int64_t iterations, int threads) {
   const int pieces = 8 * threads;  // so that a thread that is held up does less
   std::atomic<int64_t> done{0};

@@ -43,6 +43,9 @@ void copy_pages(const Heads& heads, const LayerPages& layers, const int32_t* sou
 void read(const ReadArgs& args);
 void linear(const LinearArgs& args, int threads);
 
+// A number that tells whether any of every `step`-th of so many 32-bit words has changed.
+uint64_t fingerprint(const void* data, int64_t words, int64_t step, int threads);
+
 // Ceilings of the machine, to be timed. Reads all of `bytes`, a multiple of 4, and returns the sum
 // of the 32-bit words.
 uint32_t read_bandwidth_pass(const void* data, int64_t bytes, int threads);
