@@ -250,6 +250,7 @@ class SegmentCache:
         self.stats = CacheStats()
 
         self._segments: dict[str, Segment] = {}  # the live ones, in order of creation
+        self._known: set[Segment] = set()  # the same
         self._created = 0
         self._turns = Turns()
         self._pool = PagePool(pages_for(self.max_tokens) + self.spare_pages)
@@ -407,13 +408,17 @@ class SegmentCache:
         Raises TypeError or ValueError for a bad argument; on entering also `OutOfPages`, and
         RuntimeError while another step is open or if the cache has changed in between.
         """
-        if (going_on := self._turns.going_on) is not None:
-            raise RuntimeError(refusal("step", going_on))
+        last = self._turns.newest()
+        if not last.over:
+            if last.is_going_on():
+                raise RuntimeError(refusal("step", last))
+            self._all_or_nothing("step", self._version, lambda change: None)  # to tidy up after it
         version = self._version
         writers, order, sizes = self._check_views(views, query_lengths)
         ids = _token_lists(tokens, sizes)
         offsets = np.full((len(sizes), len(order)), _C.HIDDEN, np.int32)
-        lengths = {segment: len(segment) for segment in order}
+        contents = {segment: segment._cell.get() for segment in order}
+        lengths = {segment: content.length for segment, content in contents.items()}
         for segment, size in zip(writers, sizes, strict=True):
             lengths[segment] += size
         beyond = checks.is_bool("allow_beyond", allow_beyond)
@@ -431,7 +436,7 @@ class SegmentCache:
             for segment in view:
                 offsets[w, columns[segment]] = distance
                 distance -= lengths[segment]
-        return Step(self, version, writers, order, sizes, ids, offsets, view_lengths)
+        return Step(self, version, writers, contents, sizes, ids, offsets, view_lengths)
 
     def __repr__(self) -> str:
         return (
@@ -485,6 +490,7 @@ class SegmentCache:
         segment = Segment(self, name, self._created)
         self._created += 1
         self._segments[name] = segment
+        self._known.add(segment)
         segment._cell.put(change, content)
         return segment
 
@@ -534,6 +540,7 @@ class SegmentCache:
             if version != self._version:
                 raise RuntimeError(changed_meanwhile(what))
             result = action(change)
+            self._note_totals(change)
             self._finish(change, freed)
             return result
         except BaseException as error:
@@ -548,7 +555,6 @@ class SegmentCache:
 
     def _finish(self, change: Change, freed: Segment | None = None) -> None:
         """The change is done, in the one line that says so."""
-        self._note_totals(change)
         change.done = True
         if freed is not None:
             self._forget(freed)
@@ -560,6 +566,7 @@ class SegmentCache:
 
     def _forget(self, segment: Segment) -> None:
         del self._segments[segment._name]
+        self._known.remove(segment)
         name, _, number = segment._name.rpartition(".")
         original = self._segments.get(name)
         if original is not None and number.isascii() and number.isdecimal() and len(number) < 10:
@@ -575,6 +582,7 @@ class SegmentCache:
         """Everything else as it follows from what the segments hold."""
         segments = self.segments
         self._segments = {segment._name: segment for segment in segments}
+        self._known = set(segments)
         self._pool.rebuild(segment._content[:2] for segment in segments)
         self._totals.settle()
         for segment in segments:
@@ -611,10 +619,6 @@ class SegmentCache:
         if not segment._is_live:
             raise ValueError(f"{name}: expected a live segment, got {segment!r}")
 
-    def _owns(self, segment: object) -> bool:
-        """Whether it is a live segment of this cache."""
-        return isinstance(segment, Segment) and segment._owner() is self and segment._is_live
-
     def _check_views(
         self, views: Sequence[Sequence[Segment]], query_lengths: Sequence[int]
     ) -> tuple[list[Segment], list[Segment], list[int]]:
@@ -636,7 +640,7 @@ class SegmentCache:
                 distinct = set(view)
             except TypeError:  # not even hashable
                 distinct = set()
-            if not distinct or not all(map(self._owns, distinct - seen)):
+            if not distinct or not distinct <= self._known:
                 for i, segment in enumerate(view):
                     self._check_segment(f"views[{w}][{i}]", segment)
             if len(distinct) < len(view):

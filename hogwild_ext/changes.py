@@ -34,7 +34,7 @@ class Change:
 
     __slots__ = (
         "_call", "_cells", "_limit", "_step", "_successor", "done", "opened_by", "over", "owner",
-        "thread_name", "what",
+        "what",
     )  # fmt: skip
 
     def __init__(
@@ -42,7 +42,6 @@ class Change:
     ) -> None:
         self.what = what
         self.owner = get_ident()  # the thread that it belongs to
-        self.thread_name = threading.current_thread().name
         self.done = False  # set once: from here on everything is as after it
         self.over = False  # and everything is tidied up
         self.opened_by = 0  # the owner, while a step is open
@@ -84,6 +83,10 @@ class Change:
 def is_alive(thread: int) -> bool:
     """Whether there is a thread of this ident."""
     return thread in sys._current_frames()
+
+
+def thread_name(ident: int) -> str:
+    return next((thread.name for thread in threading.enumerate() if thread.ident == ident), "?")
 
 
 def _is_running(call: FrameType) -> bool:
@@ -140,13 +143,8 @@ class Turns:
     def __init__(self) -> None:
         self._last = finished()
 
-    @property
-    def going_on(self) -> Change | None:
-        """The change that somebody is at, if any."""
-        last = self._newest()
-        return last if last.is_going_on() else None
-
-    def _newest(self) -> Change:
+    def newest(self) -> Change:
+        """The last change that took its turn."""
         last = self._last
         while (successor := last._successor.get("")) is not None:  # stopped before it was noted
             last = successor
@@ -157,7 +155,7 @@ class Turns:
 
         RuntimeError if it is somebody else's turn.
         """
-        last = self._newest()
+        last = self.newest()
         if last.is_going_on():
             change.end()
             raise RuntimeError(refusal(change.what, last))
@@ -186,7 +184,8 @@ def refusal(what: str, going_on: Change) -> str:
         f"{what}: expected no open step or change of the cache, got one inside {going_on.what!r}"
     )
     if going_on.owner != get_ident():
-        return f"{message} in thread {going_on.thread_name!r}; a cache is for one thread at a time"
+        thread = thread_name(going_on.owner)
+        return f"{message} in thread {thread!r}; a cache is for one thread at a time"
     if going_on.opened_by:
         return f"{message}; its `with` block, or step.abandon(), ends it"
     return message

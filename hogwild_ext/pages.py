@@ -86,19 +86,23 @@ class PagePool:
         fresh page in its place, and its content must be copied: returned as (from, to), else None.
         Raises `PagesExhausted`.
         """
-        last = int(table[-1]) if length % PAGE_SIZE else None
-        split = last is not None and self.holders(last) > 1
-        fresh = self._take(pages_for(length + count) - len(table) + split)
-        touched = fresh.tolist() if last is None else [last, *fresh.tolist()]
-        self._stored -= self._tokens_in(touched[: len(touched) - len(fresh)])
-        self._note_end(table, length, -1)
+        rows = length % PAGE_SIZE
+        split = rows > 0 and self.holders(last := int(table[-1])) > 1
+        missing = pages_for(length + count) - len(table) + split
+        grown, fresh, copy = table, self._take(missing) if missing else EMPTY_TABLE, None
         if split:
+            self._stored -= self._tokens_in([last])
             self._holders[last] -= 1
-        kept = table[:-1] if split else table
-        grown = np.concatenate((kept, fresh)) if len(fresh) else kept
+            self._note_end(table, length, -1)
+            self._stored += self._tokens_in([last]) + rows
+            grown, copy = table[:-1], (last, int(fresh[0]))
+        else:
+            self._note_end(table, length, -1)
+        if missing:
+            grown = np.concatenate((grown, fresh))
         self._note_end(grown, length + count, 1)
-        self._stored += self._tokens_in(touched)
-        return grown, (touched[0], touched[1]) if split else None
+        self._stored += count  # nobody else holds the pages that they are in
+        return grown, copy
 
     def cut(self, table: PageTable, length: int, keep: int) -> PageTable:
         """A table of the first `keep` of `length` tokens, instead of `table`.

@@ -15,12 +15,12 @@ import torch
 
 from . import checks
 from .backends import PlanInput
-from .changes import Change, finished, is_alive
+from .changes import Change, finished, is_alive, thread_name
 from .never_compiled import never_compiled
 from .pages import PAGE_SIZE, PageTable
 
 if TYPE_CHECKING:
-    from .cache import Segment, SegmentCache
+    from .cache import Content, Segment, SegmentCache
 
 Offsets = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -57,7 +57,7 @@ class Step:
         cache: SegmentCache,
         version: int,
         writers: list[Segment],
-        order: list[Segment],
+        order: dict[Segment, Content],
         sizes: list[int],
         ids: Sequence[list[int] | torch.Tensor],
         offsets: Offsets,
@@ -69,7 +69,7 @@ class Step:
         self._cache = cache
         self._version = version  # of the cache that the step was made for
         self._writers = writers  # [W]
-        self._order = order  # [S], all segments seen: columns of the offsets
+        self._order = order  # [S], all segments seen, as they are: columns of the offsets
         self._ids = ids  # [W]
         self._offsets = offsets  # [W, S]
         self._grown: dict[Segment, tuple[PageTable, int]] = {}  # tables and lengths to be
@@ -106,8 +106,8 @@ class Step:
             # Shortest first: of writers that share their last page, the one with the most rows in
             # it comes last. By then it is the only holder, and it writes behind everybody's rows.
             pairs = zip(self._writers, self.query_lengths, strict=True)
-            for segment, size in sorted(pairs, key=lambda pair: len(pair[0])):
-                content = segment._content
+            for segment, size in sorted(pairs, key=lambda pair: self._order[pair[0]].length):
+                content = self._order[segment]
                 self._grown[segment] = cache._grow(content, size), content.length + size
             cache._check_capacity()
             self._threads = torch.get_num_threads()
@@ -165,7 +165,8 @@ class Step:
             return "not entered"
         if change.over:
             return "over"
-        return "open" if change.owner == get_ident() else f"open in thread {change.thread_name!r}"
+        owner = change.owner
+        return "open" if owner == get_ident() else f"open in thread {thread_name(owner)!r}"
 
     def attend(
         self,
@@ -353,13 +354,14 @@ class Step:
         """The plan of all layers whose queries have `group` heads for each KV head."""
         cache = self._cache
         tables, lengths = [], []
-        for segment in self._order:
-            table, length = self._grown.get(segment) or segment._content[:2]
+        for segment, content in self._order.items():
+            table, length = self._grown.get(segment) or content[:2]
             tables.append(table)
             lengths.append(length)
         slots = []
-        for segment, size in zip(self._writers, self.query_lengths, strict=True):
-            places = np.arange(len(segment), len(segment) + size)
+        starts = [self._order[segment].length for segment in self._writers]
+        for segment, start, size in zip(self._writers, starts, self.query_lengths, strict=True):
+            places = np.arange(start, start + size)
             pages = self._grown[segment][0][places // PAGE_SIZE]
             slots.append(pages * PAGE_SIZE + places % PAGE_SIZE)
         layout = PlanInput(
@@ -370,7 +372,7 @@ class Step:
             group,
             cache.num_kv_heads,
             cache.window or 0,
-            np.array([len(segment) for segment in self._writers], np.int32),
+            np.array(starts, np.int32),
             np.concatenate(tables),
             np.concatenate(slots).astype(np.int32),
             packed=True,
@@ -388,7 +390,7 @@ class Step:
             )
         for segment, ids in zip(self._writers, self._ids, strict=True):
             table, length = self._grown[segment]
-            segment._put(self._change, table, length, segment._content.log.extended(ids))
+            segment._put(self._change, table, length, self._order[segment].log.extended(ids))
         cache._finish(self._change)
         cache.stats.steps += 1
         cache.stats.appended_tokens += self.num_tokens

@@ -142,7 +142,7 @@ def assert_consistent(cache: SegmentCache) -> None:
     assert pool.free_pages() == free and pool.free == len(free)
     assert cache.used_tokens == len(rows) <= cache.max_tokens
     assert cache.free_tokens == min(cache.max_tokens - len(rows), PAGE * len(free))
-    assert cache._turns.going_on is None
+    assert cache._turns.newest().over
 
 
 def snapshot(cache: SegmentCache) -> list[Any]:

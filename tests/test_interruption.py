@@ -354,3 +354,28 @@ def test_a_cache_that_is_cut_short_keeps_nothing(model: transformers.PreTrainedM
             assert not any(storage() is not None for storage in kept), interrupt.struck
             kept.clear()
     assert torch.equal(plain_logits(model, TOKENS), plain)
+
+
+@pytest.mark.cpu
+def test_a_freed_segment_stays_freed_whatever_comes_next(
+    model: transformers.PreTrainedModel,
+) -> None:
+    """Done, but not tidied up: the very next call is a step that would write it."""
+    world = World(model)
+    with Interrupt(-1) as count:
+        world.cache.free(world.fork)
+    done = 0
+    for at in range(count.places):
+        world = World(model)
+        before = world.cache.used_tokens
+        with Interrupt(at) as interrupt, suppress(KeyboardInterrupt):
+            world.cache.free(world.fork)
+        if world.fork not in world.cache.segments:
+            done += 1
+            with pytest.raises(ValueError, match="live"):
+                world.cache.step([[world.fork]], [1])
+            assert repr(world.fork) == "<Segment 'a.1', freed>" and len(world.fork) == 0
+            assert world.cache.fork(world.a).name == "a.1", interrupt.struck
+            world.assert_consistent()
+            assert world.cache.used_tokens == before
+    assert done > 2
