@@ -79,10 +79,13 @@ def concurrent_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was written.
-        RuntimeError: grad mode is on and an input requires grad (there is no backward pass).
+        RuntimeError: grad mode is on and an input requires grad, or an input has a tangent (there
+            is no derivative); or the call is inside of a transform of torch.func.
 
-    Tensors whose last dimension is dense are read in place, whatever their other strides.
-    D and Dv are multiples of 8 up to 256.
+    Tensors are torch.Tensor or nn.Parameter, dense, with all of their memory; subclasses and other
+    layouts are refused. Modes, traces and torch.compile see one operator. Tensors whose last
+    dimension is dense are read in place, whatever their other strides. D and Dv are multiples of 8
+    up to 256.
     """
     if torch.compiler.is_compiling() or _is_watched():
         return _through_dispatcher(
