@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent)
 
 import hogwild_ext as hx
-from compare import LIMITS, assert_close, assert_out_near, assert_same_bits
+from compare import assert_close, assert_out_near, assert_same_bits
 from hogwild_ext._reference import eager_attention, reference_attention, reference_rotate
 from hogwild_ext.cache import OutOfPages, Segment, SegmentCache
 
@@ -125,7 +125,8 @@ class Life:
         """Runs a call that makes the model `after`; it may be interrupted, or find no room."""
         self.log.append(what)
         stats = self.cache.used_tokens, self.cache.free_tokens
-        interruption = Interruption(self.rng.randrange(400)) if self.rng.random() < 0.15 else None
+        lines = self.rng.choice([15, 50, 150, 400])  # short operations have few
+        interruption = Interruption(self.rng.randrange(lines)) if self.rng.random() < 0.2 else None
         try:
             if interruption is None:
                 result = call()
@@ -374,7 +375,6 @@ class Life:
             return torch.cat([x[w, :size] for w, size in enumerate(sizes)])
 
         expected = packed(reference_attention(*arguments, **options)[0])
-        assert LIMITS[self.dtype]
         assert_out_near(out, expected, lambda: packed(eager_attention(*arguments, **options)))
 
 

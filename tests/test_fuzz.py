@@ -1,5 +1,6 @@
 """Drawn calls, in numbers that take about half a minute each: the native fuzzer with sanitizers
-(fuzz/README.md), and lives of a cache (cache_lives.py). By hand they go on as long as one likes.
+(fuzz/README.md), which is built first, and lives of a cache (cache_lives.py). By hand they go on as
+long as one likes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,6 @@ def sanitized() -> Path:
         raise
 
 
-@pytest.fixture(scope="module")
-def plain() -> Path:
-    return build()
-
-
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True)
 
@@ -46,10 +42,6 @@ def assert_nothing_found(done: subprocess.CompletedProcess[str]) -> None:
 
 def test_native_calls_under_sanitizers(sanitized: Path, seed: int) -> None:
     assert_nothing_found(run(sanitized, "--seed", str(seed), "--count", str(EXECUTIONS)))
-
-
-def test_native_calls(plain: Path, seed: int) -> None:
-    assert_nothing_found(run(plain, "--seed", str(seed), "--count", str(EXECUTIONS)))
 
 
 def test_lives_of_a_cache(seed: int, one_thread: None) -> None:
@@ -67,16 +59,16 @@ def test_lives_of_a_cache(seed: int, one_thread: None) -> None:
         (["--seeds", "1"], "--seeds: not known"),
     ],
 )
-def test_bad_arguments(plain: Path, arguments: Sequence[str], words: str) -> None:
-    done = run(plain, *arguments)
+def test_bad_arguments(sanitized: Path, arguments: Sequence[str], words: str) -> None:
+    done = run(sanitized, *arguments)
     assert done.returncode == 2 and words in done.stderr
 
 
-def test_one_execution_is_the_same_alone(plain: Path) -> None:
+def test_one_execution_is_the_same_alone(sanitized: Path) -> None:
     """A finding is repeated by its number: it does not depend on what ran before it."""
     arguments = ["--seed", "7", "--isa", "baseline", "--print", "1"]
-    whole = run(plain, *arguments, "--count", "40")
-    alone = run(plain, *arguments, "--start", "23", "--count", "1")
+    whole = run(sanitized, *arguments, "--count", "40")
+    alone = run(sanitized, *arguments, "--start", "23", "--count", "1")
     assert_nothing_found(whole)
     assert len(lines := whole.stderr.splitlines()) == 40
     assert alone.stderr.splitlines() == lines[23:24]
