@@ -30,15 +30,19 @@ class Interrupt:
         error: type[BaseException] = KeyboardInterrupt,
         files: tuple[str, ...] = (),
         opcodes: bool = False,
+        functions: tuple[str, ...] = (),
     ) -> None:
         self.at, self.error, self.opcodes = at, error, opcodes
         self.files = tuple(PACKAGE + name for name in files)
+        self.functions = functions  # of these names only
         self.places = 0  # so far
         self.struck = ""
 
     def _trace(self, frame: Any, event: str, arg: Any) -> Any:
         name = frame.f_code.co_filename
         if not (name in self.files if self.files else name.startswith(PACKAGE)):
+            return None
+        if self.functions and frame.f_code.co_name not in self.functions:
             return None
         frame.f_trace_opcodes = self.opcodes
         if event == ("opcode" if self.opcodes else "line") or event == "call":

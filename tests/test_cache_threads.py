@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hogwild_ext as hx
+from hogwild_ext.changes import Change, Turns
 from hogwild_ext.pages import PagePool
 from interrupts import Interrupt, Meanwhile, some_places
 from models import plain_logits, random_tokens, tiny_model
@@ -319,3 +320,36 @@ def test_two_threads_that_patch_one_model() -> None:
             assert torch.equal(run(model), expected), other.struck
         assert torch.equal(other.result, expected), other.struck
         assert torch.equal(plain_logits(model, TOKENS), plain)
+
+
+def test_of_two_that_follow_the_same_change_one_has_the_turn() -> None:
+    """The second one, at any place of the first one's taking, takes its own and keeps it."""
+    with Interrupt(-1, files=("changes.py",), opcodes=True) as count:
+        Turns().take(Change("a", sys._getframe()))
+    refused = {"a": 0, "b": 0}
+    for at in range(count.places):
+        turns, has = Turns(), dict.fromkeys("ab", False)
+        settled, leave = threading.Event(), threading.Event()
+
+        def take(name: str, turns: Turns = turns, has: dict[str, bool] = has) -> None:
+            try:
+                turns.take(Change(name, sys._getframe()))
+                has[name] = True
+            except RuntimeError:
+                refused[name] += 1
+
+        def keep(take: Any = take, settled: Any = settled, leave: Any = leave) -> None:
+            take("b")
+            settled.set()
+            leave.wait(60)
+
+        def strike(settled: Any = settled, keep: Any = keep) -> None:
+            threading.Thread(target=keep).start()
+            settled.wait(60)
+
+        with Meanwhile(at, keep, files=("changes.py",), opcodes=True) as other:
+            other.strike = strike  # type: ignore[method-assign]
+            take("a")
+        leave.set()
+        assert has["a"] != has["b"], other.struck
+    assert refused["a"] > 5 and refused["b"] > 5

@@ -48,13 +48,18 @@ def paragraphs(result: hx.Result) -> list[str]:
     return sorted(result.text.split("\n\n"))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize(
+    "error, functions",
+    [(KeyboardInterrupt, ()), (MemoryError, ()), (KeyboardInterrupt, ("_commit",))],
+    ids=["ctrl c", "memory", "ctrl c in a commit"],
+)
 def test_a_run_that_is_struck_anywhere(
     model: Any,
     monkeypatch: pytest.MonkeyPatch,
     storages: list[weakref.ref[torch.Tensor]],
     tmp_path: Path,
     error: type[BaseException],
+    functions: tuple[str, ...],
 ) -> None:
     prompts = replace(PROMPTS, closing="So: ")
     names = list(LINES)
@@ -70,15 +75,15 @@ def test_a_run_that_is_struck_anywhere(
         return run
 
     plain = plain_logits(model, [5, 6, 7])
-    count = Interrupt(-1, files=FILES)
+    count = Interrupt(-1, files=FILES, functions=functions)
     whole = play(count)
     expected = whole.result()
     assert expected.answer == "4" and len(expected.snapshots) == 1
     del whole
 
-    for at in some_places(count.places, 20, seed=4):
+    for at in some_places(count.places, 60 if functions else 20, seed=4):
         storages.clear()
-        interrupt = Interrupt(at, error, files=FILES)
+        interrupt = Interrupt(at, error, files=FILES, functions=functions)
         run = play(interrupt)
         assert interrupt.struck
         result = run.result()
