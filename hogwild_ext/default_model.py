@@ -295,10 +295,12 @@ def _leftovers(package: Package, cache: Path) -> list[Path]:
 def _tidy(package: Package) -> None:
     """Removes what a process left that was killed when the model was there already."""
     cache = cache_folder()
-    if _leftovers(package, cache):
+    if not _leftovers(package, cache):
+        return
+    with suppress(ImportError, OSError):  # a cache that is only read stays as it is
         from filelock import FileLock
 
-        with suppress(OSError), FileLock(cache / f"{package.folder}.lock", timeout=0):
+        with FileLock(cache / f"{package.folder}.lock", timeout=0):
             for leftover in _leftovers(package, cache):
                 shutil.rmtree(leftover, ignore_errors=True)
 
