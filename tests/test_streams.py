@@ -149,7 +149,7 @@ def test_a_full_stdout_is_an_error_that_loses_nothing(folder: str) -> None:
     assert done.returncode == 2
     told = [line for line in done.stderr.split("\n") if line.startswith("{")]
     assert json.loads(told[-1])["kind"] == "result"
-    for other in ("info", "prompts", "run --help"):
+    for other in ("info", "prompts"):
         done = shell(f"hogwild {other} > /dev/full")
         assert done.returncode == 2, other
         assert done.stderr.startswith("hogwild: error: ") and done.stderr.count("\n") == 1
