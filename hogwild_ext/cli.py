@@ -741,6 +741,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
     import torch
     import transformers
 
+    from .chat_format import has_chat_format
     from .engine import Hogwild
     from .prompts import Prompts, prompts_for
 
@@ -774,7 +775,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
             "this is a small demonstration model: it shows the mechanism, not good answers. For "
             f"real problems name a model that reasons, as in --model {LARGER_MODEL}"
         )
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_chat_format(tokenizer):
         _say("this tokenizer has no chat template: the model is given the problem as plain text")
     prompts = prompts_for(model.num_parameters())
     if options.prompts is not None:
