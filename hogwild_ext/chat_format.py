@@ -20,6 +20,19 @@ _INSTRUCTIONS, _REQUEST, _ANSWER = (
 _TURNS = ("the first thing asked", "the first answer", "what is asked then", "the last answer")
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ValueError for mistral-common's older tokenizers: with their control tokens they read
+    nothing back but pieces of words."""
+    if _is_mistral_common(tokenizer):
+        text = tokenizer.decode(tokenizer.encode("a b\n", add_special_tokens=False))
+        if text.strip(" ") != "a b\n":
+            raise ValueError(
+                "tokenizer: expected mistral-common's Tekken, got its SentencePiece, which reads "
+                f"'a b\\n' back as {text!r}; load the model's tokenizer.json instead, as "
+                "transformers.PreTrainedTokenizerFast does"
+            )
+
+
 def has_chat_format(tokenizer: Any) -> bool:
     """Whether the tokenizer knows how the model's chats look."""
     return _is_mistral_common(tokenizer) or _template(tokenizer) is not None
@@ -187,7 +200,7 @@ def _rendered(
         text: str = tokenizer.decode(tokens, skip_special_tokens=False)
         if encode(tokenizer, text) != list(tokens):
             raise ValueError(
-                "its chat cannot be written as one text: there are control tokens among the words"
+                "its chat cannot be written as one text; are there control tokens among the words?"
             )
         return text
     text = tokenizer.apply_chat_template(

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from . import checks
 from .answers import AnswerFinder, AnswerOf, BoxedAnswer, boxed_answer
-from .chat_format import added_tokens, encode, special_tokens, turn_end
+from .chat_format import added_tokens, check_tokenizer, encode, special_tokens, turn_end
 from .events import EVENT_KINDS, STOP_REASONS, Event, Result, Snapshot, Stats, WorkerResult
 from .layouts import Layout, layout_from
 from .model_support import read_model
@@ -102,6 +102,7 @@ class Hogwild:
         self.tokenizer = tokenizer
         # What a text is encoded behind, so that there is no space before it: text and tokens.
         self._leads = {lead: tokens for lead in ("\n", "|", "~") if (tokens := self._spaced(lead))}
+        check_tokenizer(tokenizer)
         self.names = worker_names(workers)
         self.layout = layout_from(layout)
         if max_tokens is None:

@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 
 import hogwild_ext as hx
 from chat_templates import CHATML, ENDS, GEMMA, NEVER_OPENS, PHI_3, QWEN, THINKS_IF_ASKED, TOKENS
-from hogwild_ext.chat_format import in_chat_format, turn_end
+from hogwild_ext.chat_format import check_tokenizer, encode, in_chat_format, turn_end
 from hogwild_ext.layouts import Combined
 from hogwild_ext.prompts import REASONING
 from models import tiny_model
@@ -319,8 +319,18 @@ def test_mistral_commons_tokenizer_has_a_chat_format() -> None:
         team.run("what is [INST]?", 3)
 
 
+def test_what_reads_pieces_of_words_back_is_refused() -> None:
+    class Older(MistralCommonBackend):
+        def decode(self, tokens: Any, **options: Any) -> Any:
+            return super().decode(tokens).replace(" ", "\u2581").replace("\n", "<0x0A>")
+
+    model = tiny_model("llama", vocab_size=264)
+    with pytest.raises(ValueError, match="tokenizer: expected mistral-common's Tekken"):
+        hx.Hogwild(model, Older(), 2, prompts=PROMPTS)
+
+
 def test_the_real_one(tmp_path: Any) -> None:
-    """With the package of Mistral's, on all the tokenizers that it brings."""
+    """With the package of Mistral's, on all the tokenizers that it brings and that are taken."""
     mistral_common = pytest.importorskip("mistral_common")
     from pathlib import Path
 
@@ -333,10 +343,14 @@ def test_the_real_one(tmp_path: Any) -> None:
             tokenizer = transformers.MistralCommonBackend(tokenizer_path=str(source))
         except Exception:  # of another kind
             continue
+        try:
+            check_tokenizer(tokenizer)
+        except ValueError:
+            continue
         messages = [{"role": "system", "content": TOLD}, {"role": "user", "content": ASKED}]
         tokens = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         text = in_chat_format(tokenizer, TOLD, ASKED, "")
-        assert hx.chat_format.encode(tokenizer, text) == tokens
+        assert encode(tokenizer, text) == tokens
         tried += 1
     assert tried
 
