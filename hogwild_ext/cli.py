@@ -827,6 +827,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
     import transformers
 
     from . import model_folder
+    from .chat_format import has_chat_format
     from .engine import Hogwild
     from .model_support import parameter_count
     from .prompts import Prompts, prompts_for
@@ -870,7 +871,7 @@ def _load(options: argparse.Namespace, workers: int | list[str], live: bool) -> 
             "this is a small demonstration model: it shows the mechanism, not good answers. For "
             f"real problems name a model that reasons, as in --model {LARGER_MODEL}"
         )
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_chat_format(tokenizer):
         _say("this tokenizer has no chat template: the model is given the problem as plain text")
     prompts = prompts_for(parameter_count(model))
     if options.prompts is not None:

@@ -14,7 +14,8 @@ import torch
 from transformers import GenerationConfig
 
 from . import checks
-from .answers import boxed_answer
+from .answers import AnswerFinder, AnswerOf, BoxedAnswer, boxed_answer
+from .chat_format import added_tokens, check_tokenizer, encode, special_tokens, turn_end
 from .events import EVENT_KINDS, STOP_REASONS, Event, Result, Snapshot, Stats, WorkerResult
 from .layouts import Layout, layout_from
 from .model_support import parameter_count, read_model
@@ -22,7 +23,7 @@ from .never_compiled import never_compiled
 from .patching import patch
 from .prompts import Prompts, prompts_for
 from .run import Run
-from .sampling import Sampler, check_config
+from .sampling import Sampler, config_for
 
 __all__ = [
     "EVENT_KINDS",
@@ -56,12 +57,12 @@ class Hogwild:
         max_tokens: room for keys and values of this many tokens. None: as many as the model has
             positions, but at most 65536. A run that fills it ends with what there is.
         seed: of the workers' random numbers. None: a fresh one for every run, see `Result.seed`.
-        generation_config: how to choose a token, in transformers' terms; None: the model's own.
-            `do_sample` (greedy if it is unset or False), `temperature`, `top_k` (50 if unset, as
-            in `generate`), `top_p`, `min_p`, `typical_p`, `repetition_penalty`,
-            `no_repeat_ngram_size`, `bad_words_ids`, `suppress_tokens` and `eos_token_id` are
-            followed. Penalties look at what the worker itself has written. Settings for other
-            ways of decoding (beams and the like) are refused.
+        generation_config: how to choose a token, in transformers' terms. As in `generate`, what
+            it leaves unset is the model's own, and what that leaves unset the default of
+            transformers (`top_k`: 50; `do_sample`: no, greedy). What `sampling.FOLLOWED` lists is
+            followed; penalties look at what the worker itself has written. What
+            `sampling.HARMLESS` lists changes nothing that is drawn. All else is refused if it is
+            set: beams and other ways of decoding, stop strings, lengths of what `generate` makes.
         logits_processors: more processors of transformers, each called with the worker's own
             tokens [1, n] and its logits [1, vocab].
         prompts: the words said to the model. None: those that suit its size.
@@ -101,25 +102,17 @@ class Hogwild:
     ) -> None:
         self.max_position = read_model(model).max_position
         self.model = model
-        for method in ("encode", "decode"):
-            if not callable(getattr(tokenizer, method, None)):
-                raise TypeError(
-                    f"tokenizer: expected a tokenizer of transformers, got "
-                    f"{checks.describe(tokenizer)}"
-                )
         self.tokenizer = tokenizer
-        # Some tokenizers put a space before every text; in the middle of a page there is none.
-        line = self._tokens("\n")
-        self._before = line if len(line) > 1 and not tokenizer.decode(line[:1]).strip() else []
+        # What a text is encoded behind, so that there is no space before it: text and tokens.
+        self._leads = {lead: tokens for lead in ("\n", "|", "~") if (tokens := self._spaced(lead))}
+        check_tokenizer(tokenizer)
         self.names = worker_names(workers)
         self.layout = layout_from(layout)
         if max_tokens is None:
             max_tokens = min(self.max_position, 65536)
         self.max_tokens = checks.is_integer("max_tokens", max_tokens, 1)
         self.seed = None if seed is None else checks.is_integer("seed", seed, 0, 2**63 - 1)
-        if generation_config is None:
-            generation_config = getattr(model, "generation_config", None) or GenerationConfig()
-        check_config(generation_config)
+        generation_config = config_for(model, generation_config)
         if prompts is None:
             prompts = prompts_for(parameter_count(model))
         elif not isinstance(prompts, Prompts):
@@ -136,29 +129,35 @@ class Hogwild:
             self.reserved_tokens = before + len(self.closing) + self.answer_tokens
         # A tokenizer may know tokens that the model has no logits for.
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        ends = _ends_of_sequence(generation_config, tokenizer)
+        ends = _ends_of_sequence(model, generation_config, tokenizer)
         self.ends_of_sequence = frozenset(token for token in ends if 0 <= token < self.vocab_size)
+        ending = sorted(self.ends_of_sequence)
         never = [self.encode(text) for text in prompts.forbidden(self.names)]
-        never += [[token] for token in sorted(_special(tokenizer) - self.ends_of_sequence)]
+        never += [[token] for token in sorted(special_tokens(tokenizer) - self.ends_of_sequence)]
         never = [tokens for tokens in never if tokens and max(tokens) < self.vocab_size]
-        self.sampler = Sampler(generation_config, logits_processors, never)
+        self.sampler = Sampler(generation_config, logits_processors, never, ending)
         plain = GenerationConfig(
             bad_words_ids=generation_config.bad_words_ids,
             suppress_tokens=generation_config.suppress_tokens,
+            sequence_bias=generation_config.sequence_bias,
         )
-        self.greedy = Sampler(plain, logits_processors, never)  # for conclusions
+        self.greedy = Sampler(plain, logits_processors, never, ending)  # for conclusions
         self.final_answer = _callable("final_answer", final_answer, boxed_answer)
         self.paragraph_ends = _callable("paragraph_ends", paragraph_ends, prompts.ends_paragraph)
         if linear is not None:
             patch(model, linear=linear)
 
+    def answer_finder(self) -> AnswerFinder:
+        """What is told a worker's paragraph, or a conclusion, piece by piece."""
+        is_boxed = self.final_answer is boxed_answer
+        return BoxedAnswer() if is_boxed else AnswerOf(self.final_answer)
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that goes on in the middle of the page."""
-        if self._before:
-            tokens = self._tokens("\n" + text)
-            count = len(self._before)
-            if tokens[:count] == self._before:
-                return tokens[count:]
+        for lead, before in self._leads.items():
+            tokens = self._tokens(lead + text)
+            if tokens[: len(before)] == before:  # or the two have a token in common
+                return tokens[len(before) :]
         return self._tokens(text)
 
     def encode_first(self, text: str) -> list[int]:
@@ -174,9 +173,29 @@ class Hogwild:
             )
         return tokens
 
+    def _spaced(self, lead: str) -> list[int]:
+        """The tokens of a text of one letter, if they begin with a space: some tokenizers put one
+        before every text, but in the middle of a page there is none.
+
+        Raises TypeError for what is no tokenizer.
+        """
+        why = ""
+        try:
+            tokens = self._tokens(lead)
+            read = [self.tokenizer.decode(some) for some in (tokens, tokens[:1])]
+            if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
+                # It may be a token of its own, or one with the letter.
+                is_apart = len(tokens) > 1 and not read[1].strip()
+                return tokens if is_apart or read[0] == f" {lead}" else []
+        except (AttributeError, TypeError, ValueError) as error:
+            why = f": {error}"
+        raise TypeError(
+            "tokenizer: expected a tokenizer of transformers, with its encode and decode, got "
+            f"{checks.describe(self.tokenizer)}{why}"
+        )
+
     def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return tokens
+        return encode(self.tokenizer, text)
 
     def run(
         self,
@@ -267,14 +286,16 @@ def _callable(name: str, value: Any, default: Callable[..., Any]) -> Callable[..
     return checked
 
 
-def _special(tokenizer: Any) -> set[int]:
-    """Tokens that mean something to a chat template: no worker writes them."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {token for token, content in added.items() if content.special}
-    return special | set(getattr(tokenizer, "all_special_ids", ()))
+def _ends_of_sequence(model: Any, config: GenerationConfig, tokenizer: Any) -> set[int]:
+    """All tokens that end a text: what a config does not name, the chat template may write."""
+    ends = {*_ids(config.eos_token_id), *_ids(getattr(tokenizer, "eos_token_id", None))}
+    # A config of transformers has a default, which is a letter of some tokenizers.
+    named = {*_ids(getattr(model.config, "eos_token_id", None))}
+    named |= {*_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))}
+    ends |= named & added_tokens(tokenizer).keys()
+    return ends | {*_ids(turn_end(tokenizer))}
 
 
-def _ends_of_sequence(config: GenerationConfig, tokenizer: Any) -> frozenset[int]:
-    ids = config.eos_token_id
-    ends = set(ids) if isinstance(ids, (list, tuple)) else {ids}
-    return frozenset({*ends, getattr(tokenizer, "eos_token_id", None)} - {None})
+def _ids(tokens: Any) -> list[int]:
+    """Tokens, as configs name them: none, one or several."""
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)

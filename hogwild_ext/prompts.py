@@ -28,12 +28,28 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
+from .chat_format import in_chat_format
 from .layouts import Layout
 
+# What ends a sentence: Unicode's Sentence_Terminal, without scripts of the past; ellipses; the
+# shads of Tibetan, the question mark of Greek. Thai and Lao have nothing of the kind: any letter.
 _SENTENCE_END = (
-    r"[.!?\u2026\u3002\uff01\uff1f]"  # the last three: CJK
-    r"[\"'\u2019\u201d)\]*_`]*"  # closing quotes, brackets, emphasis
+    r"[.!?\u037e\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0964\u0965\u0e01-\u0eff"
+    r"\u0f0d-\u0f12\u104a\u104b\u1362\u1367\u1368\u166e\u17d4-\u17d6\u1803\u1809\u1944\u1945"
+    r"\u1b4e\u1b4f\u1b5a-\u1b5f\u1c3b\u1c3c\u1c7e\u1c7f\u2026\u203c\u203d\u2047-\u2049\u22ef\u3002\ua4ff"
+    r"\ua60e\ua60f\ua876\ua877\ua8ce\ua8cf\ua9c8\ua9c9\uaa5d-\uaa5f\uaaf0\uaaf1\uabeb"
+    r"\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61]"
 )
+# What may stand behind it: marks that close (quotes, brackets, emphasis, a formula), pictures, the
+# number of a footnote. All but letters, and marks behind which something must come; on a line of
+# their own, the ends of formulas. No text fits in two ways, or a long one would take for ever.
+_CLOSING = (
+    r"(?:\[\^?\w{1,3}\]|[\u00b2\u00b3\u00b9\u2070-\u2079]"
+    r"|[^\S\n]*\n\s*(?:\$\$|\\[\])]|\\end\{\w+\*?\})"
+    r"|[^\S\n\r]*(?:_|[^\w\s.,:;+=<>/&#%@|^({\[\u2010-\u2015\u060c\u061b\u3001\uff0c\uff1a\uff1b-]))*"
+)
+# Of any system, and any white space before it.
+_LINE_END = r"\s*(?:\n|\r(?!\n)|[\x0b\x0c\x85\u2028\u2029])"
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Prompts:
     closing: str = ""
 
     # A regular expression: what a finished paragraph ends with, in its last 64 characters.
-    paragraph_end: str = _SENTENCE_END + r"[ \t]*\n\s*\n\s*"
+    paragraph_end: str = _SENTENCE_END + _CLOSING + _LINE_END * 2 + r"\s*"
     # What no paragraph may begin with: the first token of each is forbidden there. Left to
     # themselves, small models would rather go on with the list of headings.
     not_first: tuple[str, ...] = ("\n", "\n\n", "\n\n\n")
@@ -104,7 +120,7 @@ class Prompts:
         from tomlkit.exceptions import TOMLKitError
 
         try:
-            given = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+            given = tomlkit.parse(_text_of(Path(path))).unwrap()
             for name in given:
                 if name not in _NAMES:
                     raise ValueError(f"{name}: expected one of {', '.join(_NAMES)}")
@@ -116,7 +132,7 @@ class Prompts:
             if "how_to_read" in given:
                 given["how_to_read"] = {**base.how_to_read, **given["how_to_read"]}
             return replace(base, **given)
-        except (TOMLKitError, UnicodeDecodeError, ValueError, TypeError) as error:
+        except (TOMLKitError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def as_toml(self) -> str:
@@ -148,6 +164,8 @@ class Prompts:
 
         A tokenizer without a chat template gets plain paragraphs, behind the token that it begins
         every text with, if it has one.
+
+        Raises ValueError for a chat template that does not write instructions and problem whole.
         """
         values = {
             "names": _listed(names),
@@ -157,7 +175,7 @@ class Prompts:
         }
         how_to_read = _filled(self.how_to_read.get(layout.name, ""), **values)
         system = self.system if len(names) > 1 else self.alone
-        chat = _in_chat_format(
+        chat = in_chat_format(
             tokenizer,
             _filled(system, how_to_read=how_to_read, **values),
             _filled(self.user, **values),
@@ -190,6 +208,19 @@ _NAMES = tuple(text.name for text in fields(Prompts))
 _LISTS = {"not_first", "never"}
 
 
+def _text_of(path: Path) -> str:
+    """What a file says; a byte order mark means nothing. Raises ValueError if it is not UTF-8."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = " (it looks like UTF-16)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"expected text in utf-8{kind}: {error}; save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError("expected text in utf-8, got zeros as in UTF-16; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _check(name: str, value: Any) -> None:
     """Raises TypeError for a value that is not of the type of this text."""
     if name in _LISTS:
@@ -212,35 +243,6 @@ def _filled(text: str, **values: str) -> str:
 def _listed(names: Sequence[str]) -> str:
     """Alice; Alice and Bob; Alice, Bob and Carol."""
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-
-
-def _in_chat_format(tokenizer: Any, instructions: str, request: str, think: str) -> str:
-    """Instructions and request, up to where the answer begins, or the thinking before it."""
-    template = getattr(tokenizer, "chat_template", None)
-    if template is None:
-        first = getattr(tokenizer, "bos_token", None)
-        begins = first if first and tokenizer.encode("")[:1] == [tokenizer.bos_token_id] else ""
-        return begins + "".join(f"{part}\n\n" for part in (instructions, request) if part)
-    user = {"role": "user", "content": request}
-    if not instructions:
-        text = _rendered(tokenizer, [user])
-    else:
-        import jinja2  # what chat templates are rendered with
-
-        try:
-            text = _rendered(tokenizer, [{"role": "system", "content": instructions}, user])
-        except jinja2.TemplateError:  # some templates refuse a system message
-            merged = {"role": "user", "content": f"{instructions}\n\n{request}"}
-            text = _rendered(tokenizer, [merged])
-    # Templates of models that always think open it themselves (QwQ, DeepSeek-R1); where it is a
-    # choice, the model would (Qwen3).
-    is_open = bool(think) and text.rstrip().endswith(think.rstrip())
-    return text if is_open or "enable_thinking" not in str(template) else text + think
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
 
 
 REASONING = Prompts(
@@ -317,7 +319,7 @@ SHORT = Prompts(
     own_heading="",
     paragraph_break="\n",
     question=" Has nobody said this yet? Then here it is:",
-    paragraph_end=r"\S[ \t]*\n\s*",
+    paragraph_end=r"\S" + _LINE_END + r"\s*",
     not_first=(
         *("\n", "\n\n", "\n\n\n", " \n", " "),
         *("{name}", " {name}", '"', ' "', "*", " *", "[", " [", "(", " (", "-", " -"),

@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .answers import AnswerFinder
 from .cache import Segment, SegmentCache
 from .events import Event, Result, Snapshot, Stats, WorkerResult
 from .layouts import Page
 from .pages import PAGE_SIZE
 from .patching import forward
-from .sampling import generator_of
+from .sampling import Written, generator_of
 from .text_decoder import TextDecoder
 from .trace import Line, Piece, Recorder, token_count
 
@@ -71,11 +72,12 @@ class _Worker:
     generator: torch.Generator
     spare: Segment  # empty: the next paragraph goes there
     decoder: TextDecoder
+    answers: AnswerFinder  # told the text of the paragraph that is being written
     paragraphs: list[_Paragraph] = field(default_factory=list)  # the last one is being written
     pending: list[Piece] = field(default_factory=list)  # what the next step encodes
     opens: bool = True  # they end with the heading of a paragraph
     closes: bool = False  # they are the end of one
-    tokens: list[int] = field(default_factory=list)  # generated
+    tokens: Written = field(default_factory=Written)  # generated
     asked_at: int = 0  # how many there were when it was last asked whether its work is redundant
     committed: int = 0  # paragraphs
     ended: bool = False
@@ -153,6 +155,7 @@ class Run:
                 generator=generator_of(self.seed, index),
                 spare=segment(f"{name}: live, two"),
                 decoder=TextDecoder(team.tokenizer),
+                answers=team.answer_finder(),
             )
             for index, name in enumerate(names)
         ]
@@ -464,6 +467,7 @@ class Run:
         paragraph.start = len(self._page.live[worker.index]) + token_count(worker.pending)
         worker.pending = [*worker.pending, (tokens, paragraph.above)]
         worker.decoder = TextDecoder(team.tokenizer, tokens)
+        worker.answers = team.answer_finder()
         worker.opens = True
 
     def _drop_paragraph(self, worker: _Worker) -> None:
@@ -570,7 +574,7 @@ class Run:
         if text:
             paragraph.text += text
             worker.closes = team.paragraph_ends(paragraph.text)
-            answer = team.final_answer(paragraph.text)
+            answer = worker.answers.add(text)
             if answer is not None and self._stopped_by is None:
                 self._answer, self._answered_by, self._stopped_by = answer, worker.name, "answer"
         return self._event("token", worker, text=text, token=token)
@@ -602,14 +606,15 @@ class Run:
         copied = cache.fork(live)
         view = [*before, copied]
         new = [token for tokens, _ in worker.pending for token in tokens] + team.closing
-        text, answer, written = team.prompts.closing, None, list[int]()
+        text, answer, written = team.prompts.closing, None, Written(worker.tokens)
+        answers, told, most = team.answer_finder(), 0, len(written) + team.answer_tokens
         decoder = TextDecoder(team.tokenizer, new)
         try:
-            while answer is None and len(written) < team.answer_tokens and not self._stop_wanted:
+            while answer is None and len(written) < most and not self._stop_wanted:
                 logits = self._forward([view], [new])
                 stats.concluding_tokens += len(new)
                 started = time.perf_counter()
-                token = team.greedy(logits[0], worker.tokens + written, worker.generator)
+                token = team.greedy(logits[0], written, worker.generator)
                 stats.sampling_seconds += time.perf_counter() - started
                 if token in team.ends_of_sequence:
                     text += decoder.flush()
@@ -617,7 +622,7 @@ class Run:
                 written.append(token)
                 new = [token]
                 text += decoder.add(token)
-                answer = team.final_answer(text)
+                answer, told = answers.add(text[told:]), len(text)
         finally:
             cache.free(copied)
             self._count()

@@ -9,8 +9,8 @@ from typing import Any
 class TextDecoder:
     """Tokens to text, one at a time: what was returned is never taken back.
 
-    `before` are tokens that stand in front. Some tokenizers decode a token differently where it
-    is the first.
+    `before` are tokens that stand in front, and begin with a whole character. Some tokenizers
+    decode a token differently where it is the first, or where the bytes before it are not whole.
     """
 
     # A character has at most 4 bytes, a token at least one. Past that, it is not incomplete but
@@ -19,7 +19,7 @@ class TextDecoder:
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(before)[-8:]
+        self._tokens = list(before)
         self._start = 0  # from here on tokens are decoded together
         self._shown = len(self._tokens)
 

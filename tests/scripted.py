@@ -36,11 +36,14 @@ PROMPTS = Prompts(
 )
 
 
-def byte_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    chat_template: str | None = CHAT, merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
     """Every byte is a token; so is the empty line, and a full stop before one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<pad>", "<bos>", "<eos>", *alphabet, "ĊĊ", ".ĊĊ"]
-    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, [("Ċ", "Ċ"), (".", "ĊĊ")]))
+    merges = [("Ċ", "Ċ"), (".", "ĊĊ"), *merges]
+    words = ["<pad>", "<bos>", "<eos>", *alphabet, *map("".join, merges)]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

@@ -236,6 +236,12 @@ def test_a_file_changes_what_it_has(tmp_path: Path) -> None:
         ('paragraph_end = "(?i)x"', "mine.toml: paragraph_end: expected a regular expression"),
         ('paragraph_end = "("', "mine.toml: paragraph_end: expected a regular expression"),
         (b"\xff\xfe", "mine.toml: .*utf-8"),
+        ('heading = "a"'.encode("utf-16"), "mine.toml: expected text in utf-8 .*looks like UTF-16"),
+        ('heading = "a"'.encode("utf-16-le"), "mine.toml: expected text in utf-8, got zeros"),
+        (
+            'heading = "\u00e9"'.encode("latin-1"),
+            "mine.toml: expected text in utf-8: .*position 11",
+        ),
     ],
 )
 def test_a_broken_file_is_refused(content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -243,6 +249,15 @@ def test_a_broken_file_is_refused(content: str | bytes, message: str, tmp_path: 
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         Prompts.read(path, REASONING)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_file_of_any_editor(mark: bytes, line_end: str, tmp_path: Path) -> None:
+    """With a byte order mark, and the line ends of Windows."""
+    path = tmp_path / "mine.toml"
+    path.write_bytes(mark + REASONING.as_toml().replace("\n", line_end).encode())
+    assert Prompts.read(path, replace(SHORT, how_to_read={})) == REASONING
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
