@@ -48,6 +48,7 @@ OP = (
     "test_op_nonfinite.py::test_nan_in_tiles_ahead",
     "test_op_nonfinite.py::test_nan_in_tiles_behind_the_window",
     "test_op_oracle.py::test_all_scores_far_from_zero",
+    "test_op_numbers.py",
     "test_op_bits.py::test_same_bits_however_tensors_lie_in_memory",
     "test_kernel_details.py::test_more_pages_than_are_known_ahead",
     "test_kernel_details.py::test_more_tiles_than_places_in_the_ring",
@@ -386,19 +387,31 @@ MASKS = [
     Fault(
         "0 times a value reaches rows that see no key of the tile",
         "attention.cuh",
-        "sees |= uint32_t(seen.low < key + TILE && seen.high >= key)",
+        "sees |= uint32_t(seen.low - TILE < key && seen.high >= key)",
         "sees |= uint32_t(seen.any())",
     ),
     Fault(
         "rows that see a tile's last key only lose it",
         "attention.cuh",
-        "sees |= uint32_t(seen.low < key + TILE && seen.high >= key)",
-        "sees |= uint32_t(seen.low < key + TILE - 1 && seen.high >= key)",
+        "sees |= uint32_t(seen.low - TILE < key && seen.high >= key)",
+        "sees |= uint32_t(seen.low - TILE < key - 1 && seen.high >= key)",
+    ),
+    Fault(
+        "the last tile before 2^31 is behind everybody",
+        "attention.cuh",
+        "seen.low - TILE < key",
+        "seen.low < int32_t(uint32_t(key) + TILE)",
+    ),
+    Fault(
+        "float32: the last tile before 2^31 is behind everybody",
+        "attention_f32.cuh",
+        "seen.low - TILE < key",
+        "seen.low < int32_t(uint32_t(key) + TILE)",
     ),
     Fault(
         "float32: 0 times a value reaches rows that see no key of the tile",
         "attention_f32.cuh",
-        "sees[i] = seen.low < key + TILE && seen.high >= key;",
+        "sees[i] = seen.low - TILE < key && seen.high >= key;",
         "sees[i] = seen.any();",
     ),
 ]
@@ -474,20 +487,38 @@ SOFTMAX = [
     Fault(
         "the maximum of half of the keys",
         "attention.cuh",
-        "pair = max_pairs(pair, __shfl_xor_sync(~0u, pair, 2));",
+        "one = fmaxf(one, __shfl_xor_sync(~0u, one, 2));",
         "",
     ),
     Fault(
         "the maximum of three quarters of the keys",
         "attention.cuh",
-        "max_pairs(max_pairs(top.x, top.y), max_pairs(top.z, top.w))",
-        "max_pairs(max_pairs(top.x, top.y), top.z)",
+        "fmaxf(fmaxf(top.x, top.y), fmaxf(top.z, top.w))",
+        "fmaxf(fmaxf(top.x, top.y), top.z)",
     ),
     Fault(
         "maxima begin at 0",
-        "types.cuh",
-        "constexpr float LOWEST = -1e33f;",
-        "constexpr float LOWEST = 0.f;",
+        "attention.cuh",
+        "highest[tile] = -INFINITE;",
+        "highest[tile] = 0.f;",
+    ),
+    Fault(
+        "maxima rounded to bfloat16",
+        "attention.cuh",
+        "mine = __fmaf_rd(now, -scale, T::PROBABILITY_BIAS);",
+        "mine = __fmaf_rd(BFloat16::widen(BFloat16::narrow(now)), -scale, T::PROBABILITY_BIAS);",
+    ),
+    Fault(
+        "the first maximum is kept whatever follows",
+        "attention.cuh",
+        "highest[tile] = __fadd_rd(now, params.rise);",
+        "highest[tile] = INFINITE;",
+    ),
+    Fault(
+        "a row's maximum goes to the other row of its lanes",
+        "attention.cuh",
+        "const float fresh[2] = {second ? other : mine, second ? mine : other};",
+        "const float fresh[2] = {second ? mine : other, second ? other : mine};",
     ),
     Fault(
         "outputs do not shrink when the maximum rises",
@@ -498,7 +529,7 @@ SOFTMAX = [
     Fault(
         "sums do not shrink when the maximum rises",
         "attention.cuh",
-        "row_sum[tile][1] *= shrink[1];",
+        "row_sum[tile][half] *= shrink[half];",
         "",
     ),
     Fault(
@@ -523,14 +554,14 @@ SOFTMAX = [
     Fault(
         "float16: probabilities are not raised",
         "attention.cuh",
-        "bias[tile][0] = __fmaf_rn(new_max.x, -scale, T::PROBABILITY_BIAS);",
-        "bias[tile][0] = __fmaf_rn(new_max.x, -scale, 0.f);",
+        "mine = __fmaf_rd(now, -scale, T::PROBABILITY_BIAS);",
+        "mine = __fmaf_rd(now, -scale, 0.f);",
     ),
     Fault(
         "float16: lse of raised probabilities",
-        "types.cuh",
-        "(max - T::PROBABILITY_BIAS + log2f(sum))",
-        "(max + log2f(sum))",
+        "attention.cuh",
+        "bias[tile][half] = -bias[tile][half];",
+        "bias[tile][half] = T::PROBABILITY_BIAS - bias[tile][half];",
     ),
     Fault(
         "float16: queries are not halved",
@@ -541,8 +572,8 @@ SOFTMAX = [
     Fault(
         "lse to base 2",
         "types.cuh",
-        "(max - T::PROBABILITY_BIAS + log2f(sum)) * LN_2",
-        "(max - T::PROBABILITY_BIAS + log2f(sum))",
+        "(max + (log2f(sum) - T::SUM_BIAS)) * LN_2",
+        "(max + (log2f(sum) - T::SUM_BIAS))",
     ),
     Fault(
         "a negative scale counts as positive",
@@ -553,14 +584,14 @@ SOFTMAX = [
     Fault(
         "a scale of 0 makes nan of masked scores",
         "launch.cu",
-        "std::max(scale * LOG2_E, TINY)",
-        "scale * LOG2_E",
+        "if (args.scoring.scale == 0.f) {",
+        "if (false) {",
     ),
     Fault(
         "float32: rows that have seen nothing yet subtract an infinite maximum",
         "attention_f32.cuh",
-        "now == -INFINITE ? 0.f : -now * scale",
-        "-now * scale",
+        "row_max[i] = -FLT_MAX;",
+        "row_max[i] = -INFINITE;",
     ),
     Fault(
         "float32: outputs do not shrink when the maximum rises",
