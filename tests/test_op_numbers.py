@@ -1,4 +1,4 @@
-"""Numbers at the edge: scores, scales, softcaps, frequencies, values and lengths of any finite size."""
+"""Numbers at the edge: scores, scales, softcaps, frequencies, values and lengths of any size."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_scores_of_any_deviation(
         slack = max(torch.finfo(dtype).eps, 1e-6) * expected.abs() + 2e-2
         assert ((lse.double() - expected).abs() < slack).all()
         cases.append(case)
-    # Of float32 too, where eager rounds nothing but the sums that make a score: it takes shorter ones.
+    # float32: eager rounds nothing but the sums that make a score, and takes shorter ones.
     assert_at_most_twice_the_eager_error(*cases, floor=deviation * 2.0**-23)
 
 

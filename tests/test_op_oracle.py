@@ -215,7 +215,7 @@ def tiny_values(case: Case) -> Case:
 
 
 def biased_keys(case: Case) -> Case:
-    """Single dims of the unrotated keys 100 to 300 times the others, as Qwen2's biases make them."""
+    """Single dims of unrotated keys 100 to 300 times the others, as Qwen2's biases make them."""
     bias = torch.zeros(case.query.shape[-1])
     bias[[3, 20, 35, -1]] = torch.tensor([300.0, -120.0, 170.0, 100.0])
     inv_freq = case.options["inv_freq"]
