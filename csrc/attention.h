@@ -46,7 +46,7 @@ struct Rope {
 
 struct Scoring {
   float scale;    // of <q, k>
-  float softcap;  // c: score -> c * tanh(score / c); 0 = none
+  float softcap;  // c: score -> c * tanh(score / c); 0 = none, else from 2^-24 to 2^96
 };
 
 // ---- tensors ------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ struct PlanView {
   const int32_t* lengths;        // [S], after this step's append
   const int32_t* query_lengths;  // [W]
   const int32_t* query_start;    // [W + 1], see TokenTensor
-  const int32_t* first_tile;     // [S + 1]: where a segment's tiles begin in tile_pages
+  const int32_t* first_tile;     // [S + 1]: where a segment's tiles begin in tile_pages, 0 without
   const int32_t* tile_pages;     // [num_tiles], or null
   const int32_t* slots;          // [T]: page * TILE + row of each new token, or null
 

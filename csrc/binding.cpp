@@ -57,12 +57,12 @@ void append(const StepPlan& step, int dtype, int kv_heads, int head_dim, int val
 
 void attend(StepPlan& step, const Heads& heads, const Strided& query, const Strided& out,
             Address lse, int64_t lse_worker_stride, const KeyValues& keys_values, float scale,
-            float rope_scale, bool interleaved, float softcap, int32_t padded_queries,
+            float rope_scale, bool interleaved, double softcap, int32_t padded_queries,
             int threads) {
   const cpu::AttendArgs args{&step.plan.view(),
                              heads,
                              {rope_scale, interleaved},
-                             {scale, softcap},
+                             make_scoring(scale, softcap),
                              keys_values,
                              token_tensor(query),
                              token_tensor(out),
@@ -76,7 +76,7 @@ void attend(StepPlan& step, const Heads& heads, const Strided& query, const Stri
 void attend_paged(StepPlan& step, int dtype, int num_heads, int kv_heads, int head_dim,
                   int value_dim, const Strided& query, Address key_pages, Address value_pages,
                   const Strided& out, Address lse, float scale, float rope_scale, bool interleaved,
-                  float softcap, int threads) {
+                  double softcap, int threads) {
   const KeyValues keys_values{Layout::Pages, nullptr, reinterpret_cast<const void*>(key_pages),
                               reinterpret_cast<const void*>(value_pages)};
   attend(step, make_heads(dtype, kv_heads, num_heads / kv_heads, head_dim, value_dim), query, out,
@@ -87,7 +87,7 @@ void attend_paged(StepPlan& step, int dtype, int num_heads, int kv_heads, int he
 void attend_rows(StepPlan& step, int dtype, int num_heads, int kv_heads, int head_dim,
                  int value_dim, const Strided& query, const SegmentTable& segments,
                  const Strided& out, Address lse, int32_t padded_queries, float scale,
-                 float rope_scale, bool interleaved, float softcap, int threads) {
+                 float rope_scale, bool interleaved, double softcap, int threads) {
   const std::vector<SegmentRows> rows = segment_rows(segments);
   const KeyValues keys_values{Layout::Rows, rows.data(), nullptr, nullptr};
   attend(step, make_heads(dtype, kv_heads, num_heads / kv_heads, head_dim, value_dim), query, out,

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -27,6 +28,14 @@ inline TokenTensor token_tensor(const Strided& t) {
 
 inline Heads make_heads(int dtype, int kv_heads, int group, int head_dim, int value_dim) {
   return {DType(dtype), kv_heads, group, head_dim, value_dim};
+}
+
+// A softcap so small that e to its power is 1 leaves nothing of a score, and one so large changes
+// none that float32 tells apart: those between are what the kernels can divide by.
+inline Scoring make_scoring(double scale, double softcap) {
+  constexpr double LEAST = 0x1p-24, MOST = 0x1p96;
+  if (softcap == 0 || softcap > MOST) return {float(scale), 0.f};
+  return {float(scale), float(std::max(softcap, LEAST))};
 }
 
 inline const int32_t* data_or_null(const std::optional<Ints>& a) { return a ? a->data() : nullptr; }

@@ -46,11 +46,11 @@ void append(const cuda::Tables& t, Address tables, int dtype, int kv_heads, int 
 bool attend(const cuda::Tables& t, Address tables, int dtype, int num_heads, int kv_heads,
             int head_dim, const Strided& query, Address key_pages, Address value_pages,
             const Strided& out, Address lse, int64_t lse_worker_stride, Address workspace,
-            float scale, float rope_scale, bool interleaved, float softcap, Address stream) {
+            float scale, float rope_scale, bool interleaved, double softcap, Address stream) {
   const cuda::AttendArgs args{step_of(tables, t),
                               make_heads(dtype, kv_heads, num_heads / kv_heads, head_dim, head_dim),
                               {rope_scale, interleaved},
-                              {scale, softcap},
+                              make_scoring(scale, softcap),
                               reinterpret_cast<const void*>(key_pages),
                               reinterpret_cast<const void*>(value_pages),
                               token_tensor(query),

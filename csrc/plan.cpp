@@ -38,7 +38,7 @@ Plan::Plan(const PlanInput& input, FillAngles fill_angles) {
     if (input.packed) query_start_[w + 1] = view_.num_tokens;
   }
   first_tile_.assign(S + 1, 0);
-  for (int64_t s = 0; s < S; ++s)
+  for (int64_t s = 0; s < S && input.tile_pages; ++s)
     first_tile_[s + 1] = first_tile_[s] + int32_t(ceil_div(lengths_[s], TILE));
   tile_pages_ = copy(input.tile_pages, first_tile_[S]);
   slots_ = copy(input.slots, view_.num_tokens);

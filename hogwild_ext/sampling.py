@@ -182,18 +182,22 @@ class Sampler:
             use.append(processors.RepetitionPenaltyLogitsProcessor(float(penalty)))
         if (size := setting("no_repeat_ngram_size", 0)) is not None:
             use.append(processors.NoRepeatNGramLogitsProcessor(size))
-        bad_words = [word for word in setting("bad_words_ids") or () if word not in _ones(ends)]
-        if bad_words := [*bad_words, *never]:
-            use.append(processors.NoBadWordsLogitsProcessor(bad_words))
-        if ends and (count := setting("min_new_tokens", 0)) is not None:
-            use.append(processors.MinNewTokensLengthLogitsProcessor(0, count, ends))
         if ends and (decay := setting("exponential_decay_length_penalty")) is not None:
             use.append(processors.ExponentialDecayLengthPenalty(tuple(decay), ends, 0))
-        if suppressed := setting("suppress_tokens"):
-            use.append(processors.SuppressTokensLogitsProcessor(suppressed))
-        if suppressed := setting("begin_suppress_tokens"):
-            use.append(processors.SuppressTokensAtBeginLogitsProcessor(suppressed, 0))
         self._processors = [*use, *more]
+
+        # What is forbidden stays so, whatever comes after: it need not be a processor, each of
+        # which looks at the whole vocabulary.
+        self._never = list(setting("suppress_tokens") or ())
+        self._never_first = list(setting("begin_suppress_tokens") or ())
+        self._ends, self._ends_from = ends, setting("min_new_tokens") or 0
+        self._never_behind: dict[int, list[list[int]]] = {}  # by the token before the last one
+        bad_words = [word for word in setting("bad_words_ids") or () if word not in _ones(ends)]
+        for tokens in (*bad_words, *never):
+            if len(tokens) == 1:
+                self._never += tokens
+            else:
+                self._never_behind.setdefault(tokens[-2], []).append(tokens)
 
         # Those that look at scores only, over the top_k best tokens. In the order of `generate`,
         # but for the temperature, which does not change who is best, after the choice of them.
@@ -239,8 +243,13 @@ class Sampler:
         model, or no token that is not forbidden.
         """
         scores = logits.float().unsqueeze(0)  # [1, vocab]
-        if forbidden:
-            where = torch.tensor(forbidden, device=scores.device)
+        # NaN counts as the largest number wherever the largest is looked for.
+        _check_highest(float(scores.max()), logits)
+        banned = [*forbidden, *self._never, *self._completing(written)]
+        banned += self._never_first if not written else ()
+        banned += self._ends if len(written) < self._ends_from else ()
+        if banned:
+            where = torch.tensor(banned, dtype=torch.int64, device=scores.device)
             scores = scores.index_fill(1, where, float("-inf"))
         if self._processors:
             if not isinstance(written, Written):
@@ -249,7 +258,6 @@ class Sampler:
             with _float32_by_default():
                 for process in self._processors:
                     scores = process(tokens, scores)
-        # NaN counts as the largest number wherever the largest is looked for.
         if self.greedy:
             highest, token = scores.max(-1)
             _check_highest(float(highest), logits)
@@ -263,6 +271,14 @@ class Sampler:
             scores = warp(None, scores)
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         return int(drawn if best is None else best[0, int(drawn)])
+
+    def _completing(self, written: Sequence[int]) -> list[int]:
+        """The tokens that would complete what is never written."""
+        return [
+            tokens[-1]
+            for tokens in self._never_behind.get(written[-1] if written else -1, ())
+            if list(written[1 - len(tokens) :]) == tokens[:-1]
+        ]
 
 
 @contextmanager

@@ -112,6 +112,7 @@ OF_A_BACKEND = {
     "test_kernel_details",
     "test_op_bits",
     "test_op_nonfinite",
+    "test_op_numbers",
     "test_op_oracle",
     "test_op_registration",
     "test_small_model",

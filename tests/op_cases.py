@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,18 @@ class Layout:
         if self.query_lengths is not None:
             options["query_lengths"] = as_host(np.array(self.query_lengths, np.int32), self.host)
         return Case(query, keys, values, as_host(offsets, self.host), options)
+
+
+def pooled_errors(cases: Iterable[Case]) -> tuple[float, float]:
+    """Relative errors of the op and of the eager reference, by norm over all cases."""
+    ours = eager = size = 0.0
+    for case in cases:
+        expected, _ = case.reference()
+        unit = expected.abs().max().item() or 1.0  # squares of large values would overflow
+        ours += ((case.run()[0].double() - expected) / unit).square().sum().item()
+        eager += ((case.eager().double() - expected) / unit).square().sum().item()
+        size += (expected / unit).square().sum().item()
+    return (ours / size) ** 0.5, (eager / size) ** 0.5
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> np.ndarray[Any, Any]:

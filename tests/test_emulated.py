@@ -41,7 +41,7 @@ RUNS = [
     Run(90, "op_oracle", "not 1134"),
     Run(90, "cache", "not own_ways"),
     Run(100, "op_oracle emulated_layouts", "any_layout or sizes or ratio or prefill or float16"),
-    Run(90, "op_bits op_nonfinite kernel_details"),
+    Run(90, "op_bits op_nonfinite op_numbers kernel_details"),
     Run(
         80,
         "op_bits emulated_layouts kernel_details",

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,22 @@ def fused(a: Values, b: Values, c: Values) -> Values:
     to_odd = even & (error != 0) & np.isfinite(total)
     odd = total.view(np.int64) + np.where(to_odd, step, 0)
     return canonical(odd.view(np.float64).astype(np.float32))
+
+
+def fused_down(a: Values, b: Values, c: Values) -> Values:
+    """a b + c, rounded towards minus infinity: the nearest number or the one below it."""
+    down = []
+    for near, *xyz in zip(fused(a, b, c), a, b, c, strict=True):
+        if np.isfinite(xyz).all():
+            x, y, z = (Fraction(float(operand)) for operand in xyz)
+            exact = x * y + z
+            if exact == 0:
+                both_positive = np.signbit(xyz[0]) == np.signbit(xyz[1]) and not np.signbit(xyz[2])
+                near = np.float32(0.0 if both_positive else -0.0)
+            elif near == np.inf or (near > -np.inf and Fraction(float(near)) > exact):
+                near = np.nextafter(near, np.float32(-np.inf))
+        down.append(near)
+    return canonical(np.array(down, np.float32))
 
 
 def extreme(a: Values, b: Values, larger: bool) -> Values:
@@ -257,6 +274,8 @@ for rounding in ("", ".rn"):
     }
 RULES |= {
     "fma.rn.f32": Rule(F, F * 3, fused),
+    "fma.rm.f32": Rule(F, F * 3, fused_down),
+    "add.rm.f32": Rule(F, F * 2, lambda a, b: fused_down(a, np.ones_like(a), b)),
     "div.rn.f32": Rule(F, F * 2, lambda a, b: canonical(a / b)),
     "min.f32": Rule(F, F * 2, lambda a, b: extreme(a, b, False)),
     "max.f32": Rule(F, F * 2, lambda a, b: extreme(a, b, True)),

@@ -214,6 +214,51 @@ def tiny_values(case: Case) -> Case:
     return replace(case, values=[value * 6e-5 for value in case.values])
 
 
+def biased_keys(case: Case) -> Case:
+    """Single dims of unrotated keys 100 to 300 times the others, as Qwen2's biases make them."""
+    bias = torch.zeros(case.query.shape[-1])
+    bias[[3, 20, 35, -1]] = torch.tensor([300.0, -120.0, 170.0, 100.0])
+    inv_freq = case.options["inv_freq"]
+    keys = [hx.rotate(key.float() + bias, inv_freq).to(key.dtype) for key in case.keys]
+    return replace(case, query=case.query / 4, keys=keys)
+
+
+def other_spreads(case: Case) -> Case:
+    """Standard deviations from 1e-3 to 1e3, another one in each tensor."""
+    by_segment = zip(case.values, (1e3, 1.0, 1e-3), strict=True)
+    return replace(
+        case,
+        query=case.query * 1e3,
+        keys=[key * 2e-3 for key in case.keys],
+        values=[value * spread for value, spread in by_segment],
+    )
+
+
+def numbers_that_round_badly(case: Case) -> Case:
+    """Thirds, numbers a little above 1, and products half way between two numbers."""
+    dtype = case.query.dtype
+    return replace(
+        case,
+        query=((case.query.float() * 3).round() / 3 + 1 / 3).to(dtype),
+        keys=[(1 + 2**-9 * (key.float() * 4).round()).to(dtype) for key in case.keys],
+        values=[((v.float() * 8).round() / 8 + 1 + 2**-8).to(dtype) for v in case.values],
+    )
+
+
+def one_dominant_key(case: Case) -> Case:
+    """A key that takes nearly all of half of the rows and nothing of the others, in a late tile."""
+    keys = [key.clone() for key in case.keys]
+    keys[0][700] *= 30
+    keys[1][3] *= 10
+    return replace(case, keys=keys)
+
+
+def ties(case: Case) -> Case:
+    """Each key four times, with other values, and loud: the largest scores are equal."""
+    keys = [key[torch.arange(len(key)) // 4] * 6 for key in case.keys]
+    return replace(case, query=case.query * 6, keys=keys)
+
+
 def zero_queries(case: Case) -> Case:
     """All probabilities equal; with 1134 tokens they are near float16's subnormals."""
     return replace(case, query=torch.zeros_like(case.query))
@@ -229,6 +274,11 @@ def zero_queries(case: Case) -> Case:
         far_means,
         cancelling_values,
         tiny_values,
+        biased_keys,
+        other_spreads,
+        numbers_that_round_badly,
+        one_dominant_key,
+        ties,
         zero_queries,
     ],
 )
@@ -290,7 +340,7 @@ def test_a_row_that_sees_one_key_gets_its_value(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score", [-8192.0, -512.0, 512.0, 8192.0])
+@pytest.mark.parametrize("score", [-8192.0, -6200.0, -512.0, 512.0, 6200.0, 8192.0])
 def test_all_scores_far_from_zero(
     score: float, dtype: torch.dtype, generator: torch.Generator
 ) -> None:

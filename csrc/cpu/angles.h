@@ -7,8 +7,9 @@
 namespace {
 
 // The angle is reduced by multiples of pi/2 taken off in four pieces. The first three have so few
-// bits that n times them is exact for every angle that an int32 position can make with a frequency
-// up to 1; the polynomials are good to 1e-13 on [-pi/4, pi/4].
+// bits that n times them is exact for angles up to FURTHEST; the polynomials are good to 1e-13 on
+// [-pi/4, pi/4].
+constexpr double FURTHEST = 0x1p32;
 HOGWILD_INLINE void cos_sin(double angle, float* cos, float* sin) {
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   const double shifted = angle * 0.63661977236758134308 + magic;
@@ -47,11 +48,22 @@ HOGWILD_INLINE void cos_sin(double angle, float* cos, float* sin) {
 
 static void fill_angles(const int32_t* positions, int64_t n, const float* inv_freq, int32_t half,
                         float* angles) {
+  uint32_t largest = 0;  // as bits, without the sign: they are in the order of the numbers
+  for (int32_t j = 0; j < half; ++j) {
+    const uint32_t size = float_to_bits(inv_freq[j]) & 0x7fffffff;
+    largest = size > largest ? size : largest;
+  }
   for (int64_t i = 0; i < n; ++i) {
     const double position = positions[i];
     float* cos = angles + i * 2 * half;
     float* sin = cos + half;
-    for (int32_t j = 0; j < half; ++j) cos_sin(position * double(inv_freq[j]), &cos[j], &sin[j]);
+    if (__builtin_fabs(position) * double(bits_to_float(largest)) <= FURTHEST)
+      for (int32_t j = 0; j < half; ++j) cos_sin(position * double(inv_freq[j]), &cos[j], &sin[j]);
+    else
+      for (int32_t j = 0; j < half; ++j) {
+        cos[j] = float(__builtin_cos(position * double(inv_freq[j])));
+        sin[j] = float(__builtin_sin(position * double(inv_freq[j])));
+      }
   }
 }
 

@@ -84,15 +84,36 @@ HOGWILD_INLINE void scale_row(float* x, int n, float factor) {
   for (int d = 0; d < n; d += LANES) store(x + d, load<vfloat>(x + d) * splat(factor));
 }
 
-// Scores become weights 2^(score - reference), 0 where `mask` makes a score -inf; the weights are
-// factors, which may take less room, in the same place.
+// What makes <q, k> a score to base 2.
+struct ScoreFactors {
+  float query;  // of the query
+  float late;  // of the product: what would not fit into a query without overflow, or else 1
+  float cap;  // 0 = none
+
+  explicit ScoreFactors(const hogwild::Scoring& scoring)
+      : query(scoring.softcap != 0.f ? scoring.scale / scoring.softcap : scoring.scale * LOG2_E),
+        late(1.f),
+        cap(scoring.softcap * LOG2_E) {
+    constexpr float MOST = 0x1p64f;
+    const float size = query < 0.f ? -query : query;
+    if (size == 0.f || (size >= 1 / MOST && size <= MOST)) return;
+    late = query > __FLT_MAX__ ? __FLT_MAX__ : query < -__FLT_MAX__ ? -__FLT_MAX__ : query;
+    query = 1.f;
+  }
+  bool finish() const { return late != 1.f || cap != 0.f; }
+};
+
+// Scores become weights 2^(score - reference - HEADROOM), 0 where `mask` makes a score -inf; the
+// weights are factors, which may take less room, in the same place.
 template <class T, class Mask>
-HOGWILD_INLINE void softmax_row(Scratch& s, HeadState* h, int row, int vectors, float cap,
-                                int padded_dim, Mask mask) {
+HOGWILD_INLINE void softmax_row(Scratch& s, HeadState* h, int row, int vectors,
+                                const ScoreFactors& factors, int padded_dim, Mask mask) {
   float* x = s.scores[row];
-  if (cap != 0.f)
-    for (int v = 0; v < vectors; ++v)
-      store(x + v * LANES, splat(cap) * tanh(load<vfloat>(x + v * LANES)));
+  if (factors.finish())
+    for (int v = 0; v < vectors; ++v) {
+      const vfloat score = load<vfloat>(x + v * LANES) * splat(factors.late);
+      store(x + v * LANES, factors.cap != 0.f ? splat(factors.cap) * tanh(score) : score);
+    }
   mask(x);
 
   vfloat top = load<vfloat>(x);
@@ -111,7 +132,7 @@ HOGWILD_INLINE void softmax_row(Scratch& s, HeadState* h, int row, int vectors, 
   const vfloat base = splat(reference == -__builtin_inff() ? 0.f : reference);
   vfloat sum = load<vfloat>(h->lane_sums[row]);
   for (int v = 0; v < vectors; ++v) {
-    const vfloat weight = exp2<MULTIPLIES_PAIRS<T>>(load<vfloat>(x + v * LANES) - base);
+    const vfloat weight = softmax_weight<MULTIPLIES_PAIRS<T>>(load<vfloat>(x + v * LANES) - base);
     // What values are multiplied by is what is summed: where a row sees one key, or hardly any
     // other, rounding then cancels.
     sum = sum + store_factors<T>(x, v * LANES, weight);
@@ -177,6 +198,7 @@ struct Attention {
   const int key_words;  // of a key
   const int remainders;  // where they lie behind the factors of keys, in words; 0: there are none
   const int padded_dim;  // of the accumulators
+  const ScoreFactors factors;
   Multiplier multiply;
   int first_head = 0, num_heads = 0;  // of the pair
   int head = 0;  // the one that is being worked on
@@ -191,6 +213,7 @@ struct Attention {
         remainders(MULTIPLIES_PAIRS<T> ? (a.heads.head_dim + 2 * LANES - 1) / (2 * LANES) * LANES
                                        : 0),
         padded_dim((a.heads.value_dim + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK),
+        factors(a.scoring),
         h(scratch.heads) {}
 
   template <class Body>
@@ -289,10 +312,7 @@ struct Attention {
   // The factors of the scores go in with the queries.
   void load_queries(const RowGroup& group) {
     const hogwild::TokenTensor& q = args.query;
-    const float softcap = args.scoring.softcap;
-    const float factor =
-        softcap != 0.f ? args.scoring.scale / softcap : args.scoring.scale * LOG2_E;
-    const float rotary_factor = factor * args.rope.scale;
+    const float factor = factors.query, rotary_factor = factor * args.rope.scale;
     for (int p = group.part_begin; p < group.part_end; ++p) {
       const Part& part = plan.parts[p];
       for_rows_of(part, [&](int row, int token, int query_head) {
@@ -386,6 +406,20 @@ struct Attention {
     const int64_t first = offset + token - plan.window + 1, last = offset + token + 1;
     return {first > 0 ? int(first < chunk.end ? first : chunk.end) : 0,
             last < chunk.end ? int(last) : chunk.end};
+  }
+
+  // The keys of a chunk that any row sees, from a tile's first one on.
+  Seen seen_tiles(const Visit& visit, const Chunk& chunk) {
+    int64_t first = chunk.end, last = chunk.begin;
+    for (int i = visit.span_begin; i < visit.span_end; ++i) {
+      const Span& span = plan.spans[i];
+      const int64_t low = s.position[span.first] - plan.window + 1;
+      const int64_t high = s.position[span.last - 1] + 1;
+      first = low < first ? low : first;
+      last = high > last ? high : last;
+    }
+    first = first < chunk.begin ? chunk.begin : first / TILE * TILE;
+    return {int(first), int(last < chunk.end ? last : chunk.end)};
   }
 
   // The runs of consecutive rows that see a key of [begin, end); returns how many.
@@ -499,7 +533,6 @@ struct Attention {
   // `next` is the tile that will be read after the chunk.
   void attend_chunk(const Visit& visit, TilePlace next) {
     const Chunk& chunk = plan.chunks[visit.chunk];
-    const float cap = args.scoring.softcap * LOG2_E;
     Run runs[ROW_GROUP];
     int rows = 0;
     for (int i = visit.span_begin; i < visit.span_end; ++i)
@@ -512,8 +545,10 @@ struct Attention {
     });
     bool begun = false;  // whether there is something in chunk.out
 
-    for (int begin = chunk.begin; begin < chunk.end; begin += TILE) {
-      const int keys = chunk.end - begin < TILE ? chunk.end - begin : TILE;
+    int keys;
+    const Seen seen = seen_tiles(visit, chunk);
+    for (int begin = seen.first; begin < seen.last; begin += keys) {
+      keys = chunk.end - begin < TILE ? chunk.end - begin : TILE;
       const int key_blocks = (keys + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
       const int count = runs_of(visit, begin, begin + keys, runs);
       if (count == 0) continue;
@@ -525,7 +560,7 @@ struct Attention {
         });
         begun = true;
       }
-      const bool last = begin + TILE >= chunk.end;
+      const bool last = seen.last - begin <= keys;
       look_ahead(runs, count, keys,
                  last ? next : TilePlace{first_head, chunk.segment, begin + TILE});
       for_heads([&] {
@@ -541,7 +576,7 @@ struct Attention {
             const int64_t place = s.position[row] - begin;  // of the row's own token in the tile
             const int64_t first = place - plan.window + 1;
             softmax_row<T>(
-                s, h, row, key_blocks * BLOCK_VECTORS, cap, padded_dim, [&](float* scores) {
+                s, h, row, key_blocks * BLOCK_VECTORS, factors, padded_dim, [&](float* scores) {
                   mask_keys(scores, key_blocks * BLOCK_VECTORS, first > 0 ? int(first) : 0,
                             place + 1 < keys ? int(place + 1) : keys);
                 });
@@ -641,7 +676,6 @@ struct Attention {
     const int vectors = (tile.places + COLUMN_BLOCK - 1) / COLUMN_BLOCK * BLOCK_VECTORS;
     const int words = (tile.places / PER_WORD<T> + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
     const Run rows{plan.spans[visit.span_begin].first, plan.spans[visit.span_end - 1].last};
-    const float cap = args.scoring.softcap * LOG2_E;
 
     for_heads([&] {
       float* scores = s.scores[rows.first];
@@ -667,7 +701,7 @@ struct Attention {
           const int token = (part.head_row + row - part.first_row) / heads.group;
           h->chunk.max[row] = -__builtin_inff();
           store(h->lane_sums[row], vfloat{});
-          softmax_row<T>(s, h, row, vectors, cap, padded_dim,
+          softmax_row<T>(s, h, row, vectors, factors, padded_dim,
                          [&](float* x) { mask_places(x, vectors, tile, row, part.worker, token); });
           h->chunk.sum[row] = sum_lanes(load<vfloat>(h->lane_sums[row]));
         }
@@ -776,9 +810,9 @@ struct Attention {
         }
         if (args.lse)
           args.lse[part.worker * args.lse_worker_stride + index * args.lse_token_stride +
-                   query_head] =
-              sum == 0.f ? -__builtin_inff()
-                         : float(LN_2 * (double(h->result.max[row]) + __builtin_log2(double(sum))));
+                   query_head] = sum == 0.f ? -__builtin_inff()
+                                            : float(LN_2 * (double(h->result.max[row]) + HEADROOM +
+                                                            __builtin_log2(double(sum))));
       });
     }
   }

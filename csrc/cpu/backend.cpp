@@ -165,7 +165,7 @@ double visit_cost(const PlanView& plan, const Visit& visit) {
   for (int c = visit.chunk; c < visit.chunk_end; ++c) {
     const Chunk& chunk = plan.chunks[c];
     if (plan.offsets[worker * plan.num_segments + chunk.segment] == HIDDEN) continue;
-    cost += (chunk.end - chunk.begin + 8) * (rows + 8);
+    cost += (double(chunk.end) - chunk.begin + 8) * (rows + 8);
   }
   return cost;
 }

@@ -137,41 +137,53 @@ HOGWILD_INLINE float sum_lanes(vfloat v) {
   return x[0];
 }
 
-// The polynomial with these coefficients, that of the highest power first.
+// The polynomial with these coefficients, that of the highest power first, times a power of two.
 template <int N>
-HOGWILD_INLINE vfloat polynomial(vfloat x, const float (&coefficients)[N]) {
-  vfloat p = splat(coefficients[0]);
+HOGWILD_INLINE vfloat polynomial(vfloat x, const float (&coefficients)[N], float factor = 1.f) {
+  vfloat p = splat(coefficients[0] * factor);
 #pragma GCC unroll 8
-  for (int i = 1; i < N; ++i) p = fma(p, x, splat(coefficients[i]));
+  for (int i = 1; i < N; ++i) p = fma(p, x, splat(coefficients[i] * factor));
   return p;
 }
 
-// 2^x for x <= 128, relative error below 1e-7, or 4e-6 where it will be rounded to 8 bits anyway; 0
-// below -126; NaN stays NaN.
-template <bool ROUNDED = false>
+// 2^(x - DOWN) for x <= 128, relative error below 1e-7, or 4e-6 where it will be rounded to 8 bits
+// anyway; 0 where that is below 2^-126; NaN stays NaN. Taking DOWN off x would round it.
+template <bool ROUNDED = false, int DOWN = 0>
 HOGWILD_INLINE vfloat exp2(vfloat x) {
+  constexpr float FACTOR = 1.f / (uint64_t(1) << DOWN), LEAST = DOWN - 126.f;
 #if defined(__AVX512DQ__)
   // 2^floor(x) * 2^f with f in [0, 1); the first factor is the instruction's own.
   constexpr int FLOOR = 1;
   const vfloat f = (vfloat)_mm512_maskz_reduce_ps(ALL, (__m512)x, FLOOR);
   vfloat p;
   if constexpr (ROUNDED)
-    p = polynomial(f, {0.01342668571f, 0.05224247277f, 0.241280213f, 0.6930448413f, 1.f});
+    p = polynomial(f, {0.01342668571f, 0.05224247277f, 0.241280213f, 0.6930448413f, 1.f}, FACTOR);
   else
-    p = polynomial(f, {0.0002161291632f, 0.001246784581f, 0.009675451554f, 0.05548528209f,
-                       0.2402293086f, 0.6931470633f, 1.f});
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.f), _CMP_NLT_UQ);
+    p = polynomial(f,
+                   {0.0002161291632f, 0.001246784581f, 0.009675451554f, 0.05548528209f,
+                    0.2402293086f, 0.6931470633f, 1.f},
+                   FACTOR);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(LEAST), _CMP_NLT_UQ);
   return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
 #else
   const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat y = max(splat(-127.f), x);
+  const vfloat y = max(splat(LEAST - 1), x);
   const vfloat t = y + magic;
   const vfloat f = y - (t - magic);  // in [-1/2, 1/2]
-  const vfloat p = polynomial(f, {0.0001546144746f, 0.001339086735f, 0.00961805667f, 0.05550357104f,
-                                  0.2402265092f, 0.693147188f, 1.f});
+  const vfloat p = polynomial(f,
+                              {0.0001546144746f, 0.001339086735f, 0.00961805667f, 0.05550357104f,
+                               0.2402265092f, 0.693147188f, 1.f},
+                              FACTOR);
   const vfloat scaled = (vfloat)((vint)p + ((vint)t << 23));
-  return x < splat(-126.f) ? vfloat{} : scaled;
+  return x < splat(LEAST) ? vfloat{} : scaled;
 #endif
+}
+
+// Weights of values are so many powers of two below 1 that no sum overflows whose mean does not.
+constexpr int HEADROOM = 32;
+template <bool ROUNDED>
+HOGWILD_INLINE vfloat softmax_weight(vfloat x) {
+  return exp2<ROUNDED, HEADROOM>(x);
 }
 
 // tanh to about two units in the last place: an odd polynomial near zero, where the exponential

@@ -59,7 +59,7 @@ struct Shape {
 
   // Shared memory: ring of tiles, queries, probabilities, then the small arrays.
   static constexpr int SMALL_BYTES =
-      ROWS * (int(sizeof(QueryRow<void>)) + int(sizeof(Limits)) + (2 + 4 + 4) * int(sizeof(float)));
+      ROWS * (int(sizeof(QueryRow<void>)) + int(sizeof(Limits)) + (4 + 4) * int(sizeof(float)));
   static constexpr int shared_bytes(int ring) {
     return ring * TILE_BYTES + QUERY_BYTES + PROBABILITY_BYTES + SMALL_BYTES;
   }
@@ -114,8 +114,9 @@ struct Attention {
   const uint32_t ring, queries, probabilities;
   QueryRow<Element>* const rows;
   Limits* const limits;
-  uint4* const maxima;  // [ROWS / 2] pairs of rows, one of each quarter of a tile's keys
-  float4* const sums;  // [ROWS], likewise
+  // [ROWS], one of each quarter of a tile's keys: maxima, rows lane / 4 and + 8 of a row tile side
+  // by side; then, at the end of a pass, sums.
+  float4* const quarters;
   float2* const folded;  // [2, ROWS]: (max, sum) of the passes so far, before every other pass
   const uint32_t key_place, copy_place;  // of the first tile in the ring
   uint32_t value_place[(OUT_TILES + 1) / 2];  // the same, of two tiles of dimensions each
@@ -133,10 +134,10 @@ struct Attention {
   uint32_t query[S::HOLD_QUERIES ? WARP_TILES : 1][S::HOLD_QUERIES ? S::STEPS : 1][4];
   float out[WARP_TILES][OUT_TILES][4];
   float score[WARP_TILES][2][4];
-  // The largest score of the pass so far, before scaling, rounded to bfloat16: what a softmax
-  // subtracts need not be exact, and two rows then travel in one register.
-  uint32_t row_max[WARP_TILES];
-  float bias[WARP_TILES][2];  // its negative in powers of two
+  // A row's probabilities are 2^(score * scale + bias). The bias follows the row's largest score
+  // only when that has grown by more than RISE: most tiles then rescale nothing.
+  float bias[WARP_TILES][2];
+  float highest[WARP_TILES];  // score that the bias does for, of row lane / 4 + 8 (lane % 2)
   float row_sum[WARP_TILES][2];  // this lane's share
 
   __device__ Attention(const AttendParams& p, const Item& item, int head, char* shared)
@@ -153,15 +154,14 @@ struct Attention {
         rows(reinterpret_cast<QueryRow<Element>*>(shared + RING * S::TILE_BYTES + S::QUERY_BYTES +
                                                   S::PROBABILITY_BYTES)),
         limits(reinterpret_cast<Limits*>(rows + S::ROWS)),
-        maxima(reinterpret_cast<uint4*>(limits + S::ROWS)),
-        sums(reinterpret_cast<float4*>(maxima + S::ROWS / 2)),
-        folded(reinterpret_cast<float2*>(sums + S::ROWS)),
+        quarters(reinterpret_cast<float4*>(limits + S::ROWS)),
+        folded(reinterpret_cast<float2*>(quarters + S::ROWS)),
         key_place(kept(ring + S::place(quarter * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2))),
         copy_place(kept(ring + S::place(threadIdx.x / COLUMNS, threadIdx.x % COLUMNS))),
         probability_store(kept(
             probabilities + probability_place(first_row + lane / 4, quarter * 2) + lane % 4 * 4)),
         probability_load(kept(probabilities + probability_place(first_row + lane % 16, lane / 16))),
-        maximum_load(kept(shared_address(maxima + first_row / 2 + lane / 4))),
+        maximum_load(kept(shared_address(quarters + first_row + lane / 4 * 2 + lane % 2))),
         maximum_store(kept(maximum_load + quarter * 4)),
         key_pages(kept(first_chunk(p.key_pages))),
         value_pages(kept(first_chunk(p.value_pages))),
@@ -443,6 +443,7 @@ struct Attention {
       }
   }
 
+  // Of the four lanes that have a row, two keep it and two take over the other one of the tile.
   __device__ __forceinline__ void share_maxima() const {
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile) {
@@ -451,41 +452,49 @@ struct Attention {
       for (int half = 0; half < 2; ++half)
         top[half] = fmaxf(fmaxf(score[tile][0][2 * half], score[tile][0][2 * half + 1]),
                           fmaxf(score[tile][1][2 * half], score[tile][1][2 * half + 1]));
-      uint32_t pair = BFloat16::pack(top[0], top[1]);
-      pair = max_pairs(pair, __shfl_xor_sync(~0u, pair, 1));
-      pair = max_pairs(pair, __shfl_xor_sync(~0u, pair, 2));
-      if (lane % 4 == 0) store_shared(maximum_store + tile * 8 * 16, pair);
+      const bool second = lane % 2;
+      float one = second ? top[1] : top[0];
+      one = fmaxf(one, __shfl_xor_sync(~0u, second ? top[0] : top[1], 1));
+      one = fmaxf(one, __shfl_xor_sync(~0u, one, 2));
+      if (lane % 4 < 2) store_shared(maximum_store + tile * 16 * 16, __float_as_uint(one));
     }
   }
 
-  // The new maxima. What was summed with smaller ones shrinks; mostly nothing does.
+  // What was summed with smaller maxima shrinks; mostly nothing does.
   __device__ __forceinline__ void raise_maxima(float scale) {
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile) {
-      const uint4 top = load_shared(maximum_load + tile * 8 * 16);
-      const uint32_t before = row_max[tile];
-      const uint32_t now =
-          max_pairs(before, max_pairs(max_pairs(top.x, top.y), max_pairs(top.z, top.w)));
-      if (__any_sync(~0u, now != before)) shrink_results(tile, now, scale);
+      const float4 top = load_shared(maximum_load + tile * 16 * 16);
+      const float now = fmaxf(fmaxf(top.x, top.y), fmaxf(top.z, top.w));
+      if (__any_sync(~0u, now > highest[tile])) shrink_results(tile, now, scale);
     }
   }
 
-  __device__ __forceinline__ void shrink_results(int tile, uint32_t now, float scale) {
-    const float2 old_max = BFloat16::unpack(row_max[tile]), new_max = BFloat16::unpack(now);
-    const float shrink[2] = {exp2_fast((old_max.x - new_max.x) * scale),
-                             exp2_fast((old_max.y - new_max.y) * scale)};
-    row_max[tile] = now;
-    bias[tile][0] = __fmaf_rn(new_max.x, -scale, T::PROBABILITY_BIAS);
-    bias[tile][1] = __fmaf_rn(new_max.y, -scale, T::PROBABILITY_BIAS);
-    row_sum[tile][0] *= shrink[0];
-    row_sum[tile][1] *= shrink[1];
+  // Each row decides for itself. Rounded down, so that probabilities keep below 2^(RISE +
+  // PROBABILITY_BIAS) however large the scores are.
+  __device__ __forceinline__ void shrink_results(int tile, float now, float scale) {
+    const bool second = lane % 2;
+    float mine = second ? bias[tile][1] : bias[tile][0];
+    if (now > highest[tile]) {
+      mine = __fmaf_rd(now, -scale, T::PROBABILITY_BIAS);
+      highest[tile] = __fadd_rd(now, params.rise);
+    }
+    const float other = __shfl_xor_sync(~0u, mine, 1);
+    const float fresh[2] = {second ? other : mine, second ? mine : other};
+    float shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shrink[half] = exp2_fast(fresh[half] - bias[tile][half]);
+      bias[tile][half] = fresh[half];
+      row_sum[tile][half] *= shrink[half];
+    }
 #pragma unroll
     for (int n = 0; n < OUT_TILES; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[tile][n][e] *= shrink[e / 2];
   }
 
-  // 2^(score - max) into shared memory and into the sums.
+  // Into shared memory and into the sums.
   __device__ __forceinline__ void compute_probabilities(float scale) {
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile)
@@ -558,7 +567,7 @@ struct Attention {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Limits seen = limits[row_of(tile, half)];
-        sees |= uint32_t(seen.low < key + TILE && seen.high >= key) << (2 * tile + half);
+        sees |= uint32_t(seen.low - TILE < key && seen.high >= key) << (2 * tile + half);
       }
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2) {
@@ -592,14 +601,13 @@ struct Attention {
   // ---- a pass -------------------------------------------------------------------------------
 
   __device__ __forceinline__ void start_sums() {
-    // Finite for any scale: a masked score is -inf, and becomes 0 and not nan.
-    const float lowest = fminf(LOWEST * -params.power_scale, FLT_MAX);
 #pragma unroll
     for (int tile = 0; tile < WARP_TILES; ++tile) {
-      row_max[tile] = BFloat16::pack(LOWEST, LOWEST);
+      highest[tile] = -INFINITE;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        bias[tile][half] = lowest;
+        // Finite: a masked score is -inf, and becomes 0 and not nan. No bias is above it.
+        bias[tile][half] = FLT_MAX;
         row_sum[tile][half] = 0.f;
       }
 #pragma unroll
@@ -681,7 +689,7 @@ struct Attention {
         float sum = row_sum[tile][half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane % 4 == 0) reinterpret_cast<float*>(&sums[row_of(tile, half)])[quarter] = sum;
+        if (lane % 4 == 0) reinterpret_cast<float*>(&quarters[row_of(tile, half)])[quarter] = sum;
       }
     __syncthreads();
     const uint32_t seen_by = pass.seen_by[first_row / 32] >> lane / 4;
@@ -690,10 +698,10 @@ struct Attention {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_of(tile, half);
-        const float4 part = sums[row];
+        const float4 part = quarters[row];
         const bool seen = seen_by & 1u << (tile * 16 + half * 8);
         row_sum[tile][half] = seen ? ((part.x + part.y) + part.z) + part.w : 0.f;
-        bias[tile][half] = T::PROBABILITY_BIAS - bias[tile][half];  // the maximum in powers of two
+        bias[tile][half] = -bias[tile][half];  // what it stands for, in powers of two
       }
   }
 

@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <cfloat>
+
 #include "item.cuh"
 
 namespace hogwild::cuda {
@@ -140,6 +142,7 @@ struct AttentionF32 {
 
   __device__ void compute_probabilities(float (&score)[S::SCORE_ROWS]) {
     const float scale = params.power_scale;
+    constexpr float SMALLER = 1.f / (1ull << int(-Float32::PROBABILITY_BIAS));
 #pragma unroll
     for (int i = 0; i < S::SCORE_ROWS; ++i) {
       float top = score[i];
@@ -155,8 +158,7 @@ struct AttentionF32 {
       const float now = fmaxf(before, fmaxf(halves[row * 2], halves[row * 2 + 1]));
       const float shrink = now == before ? 1.f : exp2_fast((before - now) * scale);
       row_max[i] = now;
-      const float bias = now == -INFINITE ? 0.f : -now * scale;
-      const float p = exp2_fast(__fmaf_rn(score[i], scale, bias));
+      const float p = exp2_fast((score[i] - now) * scale) * SMALLER;
       row_sum[i] = __fmaf_rn(row_sum[i], shrink, p);
       probabilities[row * S::PROBABILITY_STRIDE + threadIdx.x % TILE] = p;
       if (threadIdx.x % TILE == 0) shrinks[row] = shrink;
@@ -175,7 +177,7 @@ struct AttentionF32 {
 #pragma unroll
     for (int i = 0; i < S::OUT_ROWS; ++i) {
       const Limits seen = limits[out_row(i)];
-      sees[i] = seen.low < key + TILE && seen.high >= key;
+      sees[i] = seen.low - TILE < key && seen.high >= key;
       const float shrink = shrinks[out_row(i)];
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[i][e] *= shrink;
@@ -202,7 +204,7 @@ struct AttentionF32 {
       for (int e = 0; e < 4; ++e) out[i][e] = 0.f;
 #pragma unroll
     for (int i = 0; i < S::SCORE_ROWS; ++i) {
-      row_max[i] = -INFINITE;
+      row_max[i] = -FLT_MAX;  // finite: a masked score is -inf, and becomes 0 and not nan
       row_sum[i] = 0.f;
     }
     find_limits<S::ROWS>(header, rows, item.row_count, pass, limits);

@@ -1,6 +1,7 @@
 // Launchers of everything but the attention kernels, and the operations of backend.h.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -60,15 +61,18 @@ AttendParams make_params(const AttendArgs& args) {
       args.heads.dtype == DType::Float16 ? Float16::QUERY_FACTOR : BFloat16::QUERY_FACTOR;
   const float scale = std::fabs(args.scoring.scale) / query_factor;
   p.query_factor = std::copysign(query_factor, args.scoring.scale);
-  // A scale of 0 would turn the -inf of an unseen key into nan; this makes every score 0 as well.
-  constexpr float TINY = 1e-30f;
-  if (args.scoring.softcap != 0.f) {
-    p.score_scale = scale / args.scoring.softcap;
+  const auto finite = [](float x) { return std::min(x, FLT_MAX); };
+  if (args.scoring.scale == 0.f) {  // it would turn the -inf of an unseen key into nan
+    p.query_factor = 0.f;
+    p.power_scale = 1.f;
+  } else if (args.scoring.softcap != 0.f) {
+    p.score_scale = finite(scale / args.scoring.softcap);
     p.softcap = args.scoring.softcap * LOG2_E;
     p.power_scale = 1.f;
   } else {
-    p.power_scale = std::max(scale * LOG2_E, TINY);
+    p.power_scale = finite(scale * LOG2_E);
   }
+  p.rise = finite(RISE / p.power_scale);
   p.wide_query = is_multiple(args.query, 4, 8);
   p.wide_out = is_multiple(args.out, 2, 4);
   return p;

@@ -27,10 +27,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+__device__ __forceinline__ float4 load_shared(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                : "r"(address)
                : "memory");
   return x;
@@ -100,13 +100,6 @@ __device__ __forceinline__ void load_2_matrices_transposed(uint32_t (&m)[2], uin
                : "=r"(m[0]), "=r"(m[1])
                : "r"(address)
                : "memory");
-}
-
-// Maxima of two bfloat16 numbers each; a number rather than nan.
-__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b) {
-  uint32_t c;
-  asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
 }
 
 // 2^x within 2 units in the last place, 0 for -inf; exp2f spends a hundred instructions a tile on

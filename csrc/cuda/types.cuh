@@ -17,16 +17,18 @@ constexpr int WARP = 32;
 constexpr float LN_2 = 0.69314718055994530942f;
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float INFINITE = __builtin_huge_valf();
-// Where a row's maximum starts: below every score that can come of finite numbers of any sense, but
-// finite itself, so that differences of maxima and the weights of unseen keys (0) need no cases.
-constexpr float LOWEST = -1e33f;
+// Probabilities are those of exponents up to so much too large (in powers of two) before a row's
+// results are rescaled: with PROBABILITY_BIAS the largest of float16 are 2^15.
+constexpr float RISE = 5.f;
 
 // ---- storage types ------------------------------------------------------------------------
 
 struct BFloat16 {
   using Element = __nv_bfloat16;
   static constexpr bool SUMS_ROUNDED = false;
-  static constexpr float PROBABILITY_BIAS = 0.f;
+  // Probabilities are multiplied by 2^-32, so that no sum of values overflows whose mean does not.
+  static constexpr float PROBABILITY_BIAS = -32.f;
+  static constexpr float SUM_BIAS = 0.f;  // of that, what a partial result's max leaves out
   static constexpr float QUERY_FACTOR = 1.f;
 
   static __device__ __forceinline__ float widen(Element x) { return __bfloat162float(x); }
@@ -57,6 +59,7 @@ struct Float16 {
   // Probabilities are multiplied by 2^10, so that those above 2^-24 are normal numbers, and queries
   // by 1/2, so that a rotation does not overflow. The sum and the scale take both out again.
   static constexpr float PROBABILITY_BIAS = 10.f;
+  static constexpr float SUM_BIAS = 0.f;
   static constexpr float QUERY_FACTOR = 0.5f;
 
   static __device__ __forceinline__ float widen(Element x) { return __half2float(x); }
@@ -80,7 +83,8 @@ struct Float16 {
 
 struct Float32 {
   using Element = float;
-  static constexpr float PROBABILITY_BIAS = 0.f;
+  static constexpr float PROBABILITY_BIAS = -32.f;  // as for bfloat16
+  static constexpr float SUM_BIAS = PROBABILITY_BIAS;
   static constexpr float QUERY_FACTOR = 1.f;
 
   static __device__ __forceinline__ float widen(Element x) { return x; }
@@ -105,13 +109,14 @@ struct AttendParams {
   float score_scale;   // of <q, k>, to the softcap's unit
   float softcap;       // in powers of two; 0 = none
   float power_scale;   // > 0, of a score, capped or not, to powers of two
+  float rise;          // RISE in the unit of scores
   bool interleaved;
   bool wide_query;     // its rows start at multiples of 8 bytes
   bool wide_out;       // its rows start at multiples of 4 bytes
 };
 
 // ---- fold ---------------------------------------------------------------------------------
-// A partial result is (max, sum, out): the largest score in powers of two, the sum of
+// A partial result is (max, sum, out): a number near the largest score in powers of two, the sum of
 // 2^(score - max) and the values weighted with the same. sum = 0 says that nothing was seen; then
 // neither max nor out means anything.
 
@@ -146,7 +151,7 @@ __device__ __forceinline__ float fold(const Weights& w, float a, float b) {
 
 template <class T>
 __device__ __forceinline__ float log_sum(float max, float sum) {
-  return sum == 0.f ? -INFINITE : (max - T::PROBABILITY_BIAS + log2f(sum)) * LN_2;
+  return sum == 0.f ? -INFINITE : (max + (log2f(sum) - T::SUM_BIAS)) * LN_2;
 }
 
 // ---- places -------------------------------------------------------------------------------

@@ -631,6 +631,20 @@ struct DivF : NoAddress {
 struct Fma : NoAddress {
   float operator()(float a, float b, float c) const { return std::fma(a, b, c); }
 };
+// Rounded towards minus infinity.
+struct FmaDown : NoAddress {
+  float operator()(float a, float b, float c) const {
+    if (!std::isfinite(a) || !std::isfinite(b) || !std::isfinite(c)) return std::fma(a, b, c);
+    const double product = double(a) * b, sum = product + c;  // the product is exact
+    const double part = sum - product, rest = (product - (sum - part)) + (c - part);
+    if (sum == 0 && rest == 0) return std::signbit(product) || std::signbit(c) ? -0.f : 0.f;
+    const float near = float(sum);
+    return double(near) - sum > rest ? std::nextafter(near, -HUGE_VALF) : near;
+  }
+};
+struct AddDown : NoAddress {
+  float operator()(float a, float b) const { return FmaDown()(a, 1.f, b); }
+};
 struct CopySign : NoAddress {
   float operator()(float a, float b) const { return std::copysign(b, a); }
 };
@@ -1188,6 +1202,8 @@ std::unordered_map<std::string, Opcode> make_table() {
   for (const char* name : {"mul.f32", "mul.rn.f32"})
     put(name, BINARY<float, float, Canonical<Mul>>);
   put("fma.rn.f32", TERNARY<float, float, Canonical<Fma>>);
+  put("fma.rm.f32", TERNARY<float, float, Canonical<FmaDown>>);
+  put("add.rm.f32", BINARY<float, float, Canonical<AddDown>>);
   put("div.rn.f32", BINARY<float, float, Canonical<DivF>>);
   put("min.f32", BINARY<float, float, Canonical<Min>>);
   put("max.f32", BINARY<float, float, Canonical<Max>>);

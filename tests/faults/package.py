@@ -6,12 +6,6 @@ from .fault import Fault
 
 FAULTS: list[Fault] = [
     Fault(
-        "forward: an interrupted step is not abandoned",
-        "hogwild_ext/patching.py",
-        "    except BaseException:\n        step.abandon()",
-        "    except BaseException:\n        pass",
-    ),
-    Fault(
         "default model: files keep the rights that their writer gave them",
         "hogwild_ext/default_model.py",
         "file.chmod(0o644)",
@@ -26,31 +20,31 @@ FAULTS: list[Fault] = [
     Fault(
         "replay: conclusions may copy any number of bytes",
         "hogwild_ext/trace.py",
-        'if not 0 <= by_forks <= told["concluded"] * PAGE_SIZE * size:',
+        "if not 0 <= by_forks <= concluded * PAGE_SIZE * size:",
         "if not 0 <= by_forks:",
     ),
     Fault(
         "workers' random streams are one stream, a seed apart",
         "hogwild_ext/sampling.py",
-        "SeedSequence([seed, worker])",
-        "SeedSequence([seed + worker])",
+        "words = [seed % 2**32, worker, seed // 2**32]",
+        "words = [seed + worker]",
     ),
     Fault(
         "no top_k means no limit",
         "hogwild_ext/sampling.py",
-        "50 if config.top_k is None",
-        "0 if config.top_k is None",
+        "50 if top_k is None",
+        "0 if top_k is None",
     ),
     Fault(
         "a conclusion's processors do not see the worker's own tokens",
         "hogwild_ext/run.py",
-        "worker.tokens + written",
-        "written",
+        "Written(worker.tokens)",
+        "Written()",
     ),
     Fault(
-        "text is decoded behind one token instead of eight",
+        "text is decoded behind one token of what stands before it",
         "hogwild_ext/text_decoder.py",
-        "[-8:]",
-        "[-1:]",
+        "self._tokens = list(before)",
+        "self._tokens = list(before)[-1:]",
     ),
 ]

@@ -175,14 +175,20 @@ FAULTS = [
     Fault(
         "0 times a value reaches rows that see no key of the tile",
         "csrc/cuda/attention.cuh",
-        "sees |= uint32_t(seen.low < key + TILE && seen.high >= key)",
+        "sees |= uint32_t(seen.low - TILE < key && seen.high >= key)",
         "sees |= uint32_t(seen.any())",
     ),
     Fault(
         "rows that see a tile's last key only lose it",
         "csrc/cuda/attention.cuh",
-        "sees |= uint32_t(seen.low < key + TILE && seen.high >= key)",
-        "sees |= uint32_t(seen.low < key + TILE - 1 && seen.high >= key)",
+        "sees |= uint32_t(seen.low - TILE < key && seen.high >= key)",
+        "sees |= uint32_t(seen.low - TILE < key - 1 && seen.high >= key)",
+    ),
+    Fault(
+        "the last tile before 2^31 is behind everybody",
+        "csrc/cuda/attention.cuh",
+        "seen.low - TILE < key",
+        "seen.low < int32_t(uint32_t(key) + TILE)",
     ),
     # Rotation
     Fault(
@@ -231,14 +237,38 @@ FAULTS = [
     Fault(
         "the maximum of half of the keys",
         "csrc/cuda/attention.cuh",
-        "pair = max_pairs(pair, __shfl_xor_sync(~0u, pair, 2));",
+        "one = fmaxf(one, __shfl_xor_sync(~0u, one, 2));",
         "",
     ),
     Fault(
         "the maximum of three quarters of the keys",
         "csrc/cuda/attention.cuh",
-        "max_pairs(max_pairs(top.x, top.y), max_pairs(top.z, top.w))",
-        "max_pairs(max_pairs(top.x, top.y), top.z)",
+        "fmaxf(fmaxf(top.x, top.y), fmaxf(top.z, top.w))",
+        "fmaxf(fmaxf(top.x, top.y), top.z)",
+    ),
+    Fault(
+        "maxima begin at 0",
+        "csrc/cuda/attention.cuh",
+        "highest[tile] = -INFINITE;",
+        "highest[tile] = 0.f;",
+    ),
+    Fault(
+        "maxima rounded to bfloat16",
+        "csrc/cuda/attention.cuh",
+        "mine = __fmaf_rd(now, -scale, T::PROBABILITY_BIAS);",
+        "mine = __fmaf_rd(BFloat16::widen(BFloat16::narrow(now)), -scale, T::PROBABILITY_BIAS);",
+    ),
+    Fault(
+        "the first maximum is kept whatever follows",
+        "csrc/cuda/attention.cuh",
+        "highest[tile] = __fadd_rd(now, params.rise);",
+        "highest[tile] = INFINITE;",
+    ),
+    Fault(
+        "a row's maximum goes to the other row of its lanes",
+        "csrc/cuda/attention.cuh",
+        "const float fresh[2] = {second ? other : mine, second ? mine : other};",
+        "const float fresh[2] = {second ? mine : other, second ? other : mine};",
     ),
     Fault(
         "outputs do not shrink when the maximum rises",
@@ -249,7 +279,7 @@ FAULTS = [
     Fault(
         "sums do not shrink when the maximum rises",
         "csrc/cuda/attention.cuh",
-        "row_sum[tile][1] *= shrink[1];",
+        "row_sum[tile][half] *= shrink[half];",
         "",
     ),
     Fault(
@@ -261,8 +291,14 @@ FAULTS = [
     Fault(
         "float16: probabilities are not raised",
         "csrc/cuda/attention.cuh",
-        "bias[tile][0] = __fmaf_rn(new_max.x, -scale, T::PROBABILITY_BIAS);",
-        "bias[tile][0] = __fmaf_rn(new_max.x, -scale, 0.f);",
+        "mine = __fmaf_rd(now, -scale, T::PROBABILITY_BIAS);",
+        "mine = __fmaf_rd(now, -scale, 0.f);",
+    ),
+    Fault(
+        "float16: lse of raised probabilities",
+        "csrc/cuda/attention.cuh",
+        "bias[tile][half] = -bias[tile][half];",
+        "bias[tile][half] = T::PROBABILITY_BIAS - bias[tile][half];",
     ),
     # Partial results
     Fault(

@@ -69,9 +69,15 @@ FAULTS = [
         "score[i] = params.softcap != 0.f ? cap_score(params, -INFINITE) : -INFINITE;",
     ),
     Fault(
+        "float32: the last tile before 2^31 is behind everybody",
+        "csrc/cuda/attention_f32.cuh",
+        "seen.low - TILE < key",
+        "seen.low < int32_t(uint32_t(key) + TILE)",
+    ),
+    Fault(
         "float32: 0 times a value reaches rows that see no key of the tile",
         "csrc/cuda/attention_f32.cuh",
-        "sees[i] = seen.low < key + TILE && seen.high >= key;",
+        "sees[i] = seen.low - TILE < key && seen.high >= key;",
         "sees[i] = seen.any();",
     ),
     # Rotation
@@ -85,8 +91,8 @@ FAULTS = [
     Fault(
         "float32: rows that have seen nothing yet subtract an infinite maximum",
         "csrc/cuda/attention_f32.cuh",
-        "now == -INFINITE ? 0.f : -now * scale",
-        "-now * scale",
+        "row_max[i] = -FLT_MAX;",
+        "row_max[i] = -INFINITE;",
     ),
     Fault(
         "float32: outputs do not shrink when the maximum rises",
