@@ -50,6 +50,12 @@ _CLOSING = (
 )
 # Of any system, and any white space before it.
 _LINE_END = r"\s*(?:\n|\r(?!\n)|[\x0b\x0c\x85\u2028\u2029])"
+# The names that stand for them in `paragraph_end`.
+_ENDS = {
+    "sentence_end": _SENTENCE_END + _CLOSING,
+    "line_end": _LINE_END + r"\s*",
+    "empty_line": rf"(?:{_LINE_END}{_LINE_END}|\s*\u2029)\s*",
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,9 @@ class Prompts:
 
     `{names}`, `{first}`, `{count}` and `{problem}` are filled in where they occur in `system`,
     `alone`, `user` and `how_to_read`, and `{how_to_read}` in `system`; `{name}` and `{number}` in
-    `heading` and `question`; `{name}` in `not_first` and `never`, once for each worker. Other
-    braces stay as they are: LaTeX needs no escapes.
+    `heading` and `question`; `{name}` in `not_first` and `never`, once for each worker;
+    `{sentence_end}`, `{line_end}` and `{empty_line}`, which know all scripts and systems, in
+    `paragraph_end`. Other braces stay as they are: LaTeX needs no escapes.
 
     Headings should not end in a space: most tokenizers put the space before a word into the word.
 
@@ -85,7 +92,7 @@ class Prompts:
     closing: str = ""
 
     # A regular expression: what a finished paragraph ends with, in its last 64 characters.
-    paragraph_end: str = _SENTENCE_END + _CLOSING + _LINE_END * 2 + r"\s*"
+    paragraph_end: str = "{sentence_end}{empty_line}"
     # What no paragraph may begin with: the first token of each is forbidden there. Left to
     # themselves, small models would rather go on with the list of headings.
     not_first: tuple[str, ...] = ("\n", "\n\n", "\n\n\n")
@@ -96,7 +103,7 @@ class Prompts:
         for name in _NAMES:
             _check(name, getattr(self, name))
         try:
-            re.compile(f"(?:{self.paragraph_end})\\Z")
+            self.ends_paragraph("")
         except re.error as error:
             raise ValueError(
                 f"paragraph_end: expected a regular expression, got {self.paragraph_end!r}: {error}"
@@ -201,7 +208,8 @@ class Prompts:
 
     def ends_paragraph(self, text: str) -> bool:
         """Whether a paragraph that reads like this so far is finished."""
-        return bool(re.search(f"(?:{self.paragraph_end})\\Z", text[-64:]))
+        end = _filled(self.paragraph_end, **_ENDS)
+        return bool(re.search(f"(?:{end})\\Z", text[-64:]))
 
 
 _NAMES = tuple(text.name for text in fields(Prompts))
@@ -319,7 +327,7 @@ SHORT = Prompts(
     own_heading="",
     paragraph_break="\n",
     question=" Has nobody said this yet? Then here it is:",
-    paragraph_end=r"\S" + _LINE_END + r"\s*",
+    paragraph_end=r"\S{line_end}",
     not_first=(
         *("\n", "\n\n", "\n\n\n", " \n", " "),
         *("{name}", " {name}", '"', ' "', "*", " *", "[", " [", "(", " (", "-", " -"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import regex  # transformers brings it; Python's own knows no properties
@@ -141,3 +142,16 @@ def test_it_is_a_regular_expression_of_python_that_can_be_typed() -> None:
     for prompts in (REASONING, SHORT):
         re.compile(prompts.paragraph_end)
         assert prompts.paragraph_end.isascii()
+
+
+def test_ends_of_ones_own() -> None:
+    mine = replace(REASONING, paragraph_end=r"(?:{sentence_end}|;){line_end}")
+    assert mine.ends_paragraph("one;\n") and mine.ends_paragraph("\u597d\u3002\n")
+    assert not mine.ends_paragraph("one:\n")
+    braces = replace(REASONING, paragraph_end=r"a{2}{other}")
+    assert braces.ends_paragraph("aa{other}") and not braces.ends_paragraph("a{other}")
+
+
+def test_a_separator_of_paragraphs_is_an_empty_line() -> None:
+    assert REASONING.ends_paragraph("Done.\u2029")
+    assert not REASONING.ends_paragraph("Done.\u2028")
