@@ -8,6 +8,7 @@ microsecond a call, and a second at import, where it loads torch's compiler.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -47,6 +48,6 @@ def _functions(what: Any) -> list[FunctionType]:
 def _skip(code: Any) -> None:
     """Lets the interpreter's frames of this code, and all below them, pass by torch's compiler."""
     frames = torch._C._dynamo.eval_frame
-    if hasattr(frames, "_FrameExecStrategy"):  # private; before torch 2.7 there was none
+    with suppress(AttributeError, TypeError):  # private names; before torch 2.7 there were none
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))

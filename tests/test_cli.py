@@ -118,6 +118,7 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     assert list(result) == [
         "kind", "answer", "text", "workers", "steps", "stats", "stopped_by", "seed", "snapshots",
+        "trace_error",
     ]  # fmt: skip
     assert result["kind"] == "result" and result["seed"] == 5
     assert [w["tokens"] for w in result["workers"]] == [

@@ -140,7 +140,7 @@ class AttentionKernel:
     def shared_bytes(self, shared_of_processor: int) -> int:
         """Dynamic shared memory of a block, on a GPU with so many bytes a multiprocessor."""
         rows, dim = 16 * self.row_tiles, self.head_dim
-        others = 2 * rows * (dim + TILE) + 64 * rows
+        others = 2 * rows * (dim + TILE) + 56 * rows
         for blocks in (2, 1):  # a multiprocessor; the longest ring of tiles that leaves the room
             for ring in (4, 3, 2):
                 size = ring * TILE * 2 * dim + others
