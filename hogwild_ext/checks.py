@@ -89,8 +89,6 @@ def is_plain(name: str, value: torch.Tensor) -> torch.Tensor:
             f"{name}: expected a dense tensor, got a {kind} one; to_dense(), to_padded_tensor() or "
             "dequantize() makes one of it"
         )
-    if value.is_meta:
-        raise ValueError(f"{name}: expected a tensor with numbers in it, got {describe(value)}")
     if value.is_neg() or value.is_conj():
         return is_plain(name, value.resolve_neg().resolve_conj())
     if value.device.type in ("cpu", "cuda") and value.numel():
@@ -149,6 +147,8 @@ def is_tensor(name: str, value: Any, rank: int, shape: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
     value = is_plain(name, value)
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with numbers in it, got {describe(value)}")
     if value.dim() != rank:
         raise ValueError(f"{name}: expected a tensor {shape}, got {describe(value)}")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
