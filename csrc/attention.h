@@ -140,9 +140,9 @@ struct PlanView {
   const int32_t* lengths;        // [S], after this step's append
   const int32_t* query_lengths;  // [W]
   const int32_t* query_start;    // [W + 1], see TokenTensor
-  const int32_t* first_tile;     // [S + 1]: where a segment's tiles begin in tile_pages, 0 without
-  const int32_t* tile_pages;     // [num_tiles], or null
-  const int32_t* slots;          // [T]: page * TILE + row of each new token, or null
+  const int32_t* first_tile;  // [S + 1]: where a segment's tiles begin in tile_pages, 0 without
+  const int32_t* tile_pages;  // [num_tiles], or null
+  const int32_t* slots;  // [T]: page * TILE + row of each new token, or null
 
   const Chunk* chunks;
   const RowGroup* groups;
@@ -152,8 +152,8 @@ struct PlanView {
 
   // cos and sin of position * inv_freq, side by side: [..., 2, R/2] float32
   const float* offset_angles;  // [W, S, 2, R/2], by offset
-  const float* token_angles;   // [max_query, 2, R/2], by the token's index within its worker
-  const float* key_angles;     // [T, 2, R/2], by the new token's place in its segment, or null
+  const float* token_angles;  // [max_query, 2, R/2], by the token's index within its worker
+  const float* key_angles;  // [T, 2, R/2], by the new token's place in its segment, or null
 };
 
 }  // namespace hogwild
