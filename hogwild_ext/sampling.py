@@ -112,7 +112,7 @@ class Written(list[int]):
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         super().__init__(tokens)
-        self._tensor = torch.empty(0, dtype=torch.int64)
+        self._tensor = torch.empty(0, dtype=torch.int64, device="cpu")
         self._filled = 0  # so many of them are in the tensor
 
     def tensor(self, device: torch.device) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Written(list[int]):
             larger[: self._filled] = self._tensor[: self._filled]
             self._tensor = larger
         if count > self._filled:
-            new = torch.tensor(self[self._filled :], dtype=torch.int64)
+            new = torch.tensor(self[self._filled :], dtype=torch.int64, device=device)
             self._tensor[self._filled : count] = new
             self._filled = count
         return self._tensor[:count]

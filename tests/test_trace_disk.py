@@ -200,7 +200,7 @@ def test_the_command_shows_the_result_and_names_the_file_last(
     )
     byte_tokenizer().save_pretrained(folder)
     words = ["run", "What?", "--model", str(folder), "--max-steps", "4", "--trace", "/dev/full"]
-    assert cli.main(words) == 1
+    assert cli.main(words) == 2
     said = capsys.readouterr()
     assert "ended by" in said.out and "the limit of 4 steps" in said.out
     last = said.err.splitlines()[-1]
