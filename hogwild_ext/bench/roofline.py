@@ -59,9 +59,9 @@ INSTRUCTIONS = {
     (96, 1): Instructions(10.3, 2300),
     (96, 2): Instructions(15.3, 3300),
     (96, 4): Instructions(29.0, 6500),
-    (128, 1): Instructions(11.8, 2400),
-    (128, 2): Instructions(17.3, 3300),
-    (128, 4): Instructions(32.5, 6600),
+    (128, 1): Instructions(12.0, 2400),
+    (128, 2): Instructions(17.4, 3300),
+    (128, 4): Instructions(32.9, 6600),
     (256, 1): Instructions(16.4, 3200),
     (256, 2): Instructions(25.8, 4500),
 }
