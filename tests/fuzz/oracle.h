@@ -144,8 +144,8 @@ inline Answer answer(const Problem& p, const std::vector<Dense>& segments,
     a.out[d] /= total;
     a.out_error[d] = 2 * relative * share[d] / total;
     a.out_error[d] += epsilon(p.dtype) * std::abs(a.out[d]) + step(p.dtype);
-    // Weights carry 2^-32, so products of small values are rounded to multiples of 2^-149.
-    a.out_error[d] += double(scores.size() + 1) * 0x1p-110;
+    // Weights carry 2^-32: products of values far below 1e-26 lose digits, or vanish.
+    a.out_error[d] += double(scores.size() + 1) * 0x1p-90;
   }
   return a;
 }
