@@ -99,6 +99,13 @@ def _threads_restored() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_mode_left() -> Iterator[None]:
+    """Whatever was raised, no mode of torch's stays behind, for all tests that follow."""
+    yield
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 @pytest.fixture
 def one_thread(_threads_restored: None) -> None:
     """For tests of many small calls: threads that wait for each other would take all the time."""

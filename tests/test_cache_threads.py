@@ -128,8 +128,8 @@ def test_a_thread_that_ends_with_an_open_step() -> None:
 def test_a_generator_with_an_open_step_that_another_thread_goes_on_with() -> None:
     cache, x, y = small_cache()
 
-    def steps() -> Iterator[int]:
-        with torch.inference_mode(), cache.step([[x]], [1], [[4]]) as step:
+    def steps() -> Iterator[int]:  # without a mode of torch's, which would stay with this thread
+        with cache.step([[x]], [1], [[4]]) as step:
             yield 1
             step.attend(0, rows([4]), rows([4]), rows([4]))
         yield 2
